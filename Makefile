@@ -1,0 +1,63 @@
+# Two commands matter: `make serve` and `make test`. `make check` is what CI runs.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# The newest release of the tested range; a torch that is already in the environment is kept.
+TORCH  ?= torch==2.13.0
+
+.PHONY: help serve test check lint types imports test-clients bench clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: $(VENV)/bin/python pyproject.toml setup.py $(wildcard kernels/cpu/csrc/*)
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install -q "$(TORCH)" numpy
+	$(PIP) install -q "setuptools>=77" wheel
+	$(PIP) install -q --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(PIP) install -q --no-build-isolation -e ".[dev]"
+	@touch $@
+
+# The second generation of the SDK lives beside the first: a test drives both.
+$(VENV)/.openai2: $(VENV)/.dev
+	$(PIP) install -q --target $(VENV)/openai2 "openai>=2.54,<3"
+	@touch $@
+
+tests/e2e/clients/js/node_modules: tests/e2e/clients/js/package.json
+	@if command -v npm >/dev/null; then cd tests/e2e/clients/js && npm ci --silent --no-audit --no-fund; \
+	else echo "npm is not installed: the JavaScript client is not tested"; fi
+
+.src/quantd:
+	@mkdir -p $@
+	@for room in daemon plugins kernels; do ln -sfn ../../$$room $@/$$room; done
+
+serve: $(VENV)/.core  ## set up, serve the embedded model, ask it something
+	@$(BIN)/python examples/first_answer.py
+
+test: $(VENV)/.dev $(VENV)/.openai2 tests/e2e/clients/js/node_modules  ## run the tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not gpu"
+
+lint: $(VENV)/.dev  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev .src/quantd  ## mypy, strict
+	$(BIN)/mypy
+
+imports: $(VENV)/.dev  ## who may import whom
+	$(BIN)/lint-imports
+
+check: lint types imports test  ## everything that CI runs
+
+bench: $(VENV)/.dev  ## the server's benchmarks on this machine
+	$(BIN)/python benchmarks/serve.py
+
+clean:  ## remove what the build made
+	rm -rf $(VENV) .src build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,219 @@
+"""The values that cross rooms and processes. Frozen structs, no behaviour beyond derived numbers.
+
+Everything from `LoadModel` down travels between the engine and a worker as one msgpack frame: four
+bytes of length (unsigned, big-endian), then the tagged struct. A worker executes frames strictly in
+the order in which they arrive, so a block that one plan frees may be given out by the next.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+BLOCK_TOKENS = 16
+"""Tokens in one KV block."""
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
+    """How to choose tokens. Validated by the server; the rest may trust the ranges stated here."""
+
+    max_tokens: int
+    """Most tokens to generate, >= 1: the server resolves an absent value to the context's end."""
+    seed: int = 0
+    """64-bit, always set; drawn at random by the server when the caller gives none."""
+    temperature: float = 1.0
+    """>= 0; 0 is greedy."""
+    top_p: float = 1.0
+    """(0, 1]"""
+    top_k: int = 0
+    """>= 0; 0 is off."""
+    min_p: float = 0.0
+    """[0, 1]"""
+    repetition_penalty: float = 1.0
+    """> 0; over prompt and output (CTRL, Keskar et al. 2019)."""
+    presence_penalty: float = 0.0
+    """[-2, 2]; over output only."""
+    frequency_penalty: float = 0.0
+    """[-2, 2]; over output only."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, added to its logit), each id inside the vocabulary."""
+    min_tokens: int = 0
+    """No stop token may be sampled before this many output tokens; <= max_tokens."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Sampling one of these ends the sequence with "stop": the model's EOS ids (unless ignore_eos
+    was asked for) and the caller's own, merged by the server."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences whose last token is masked when the output ends in what comes before it."""
+    logprobs: int | None = None
+    """None: none; k: the chosen token's and the k most likely ones', of the raw distribution."""
+    prompt_logprobs: int | None = None
+    """The same for each prompt token but the first."""
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What one caller asked for; one per choice (n = 3 is three requests)."""
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    priority: int = 0
+    """Smaller runs first."""
+    arrival: float = 0.0
+    """Seconds of the engine's monotonic clock."""
+    caller: str = ""
+    """Whose API key, for fairness; empty when there are no keys."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The k most likely (token, logprob), most likely first."""
+
+
+class TokenEvent(msgspec.Struct, frozen=True):
+    """What a stream delivers: tokens since the last event, in order; the last one has a reason."""
+
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """As many as `tokens` when asked for, else empty."""
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    """In the first event only, one per prompt token (None for the first), when asked for."""
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    """Why, when finish_reason is "error"."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that were not computed because their blocks were there."""
+
+
+# --- between engine and worker -------------------------------------------------------------------
+
+
+class LoadModel(msgspec.Struct, frozen=True, tag="load"):
+    """The first frame to a worker, once."""
+
+    name: str
+    path: str
+    dtype: str = "auto"
+    """auto | bfloat16 | float16 | float32"""
+    quantization: str = "auto"
+    max_context: int | None = None
+    """None: what the checkpoint says."""
+    kv_bytes: int | None = None
+    """Budget for KV blocks; None: the worker decides from what the machine has."""
+    load_format: str = "auto"
+    """auto | dummy (random weights of the shapes in config.json)"""
+    device: str = "auto"
+    threads: int | None = None
+    """Compute threads; None: physical cores."""
+
+
+class LoadProgress(msgspec.Struct, frozen=True, tag="progress"):
+    stage: str
+    done_bytes: int
+    total_bytes: int
+
+
+class ModelInfo(msgspec.Struct, frozen=True, tag="loaded"):
+    """The model is in memory and can run."""
+
+    architecture: str
+    num_parameters: int
+    weight_bytes: int
+    vocab_size: int
+    max_context: int
+    dtype: str
+    device: str
+    block_bytes: int
+    """Bytes of one KV block over all layers."""
+    num_blocks: int
+    """The pool's budget in blocks; ids are in [0, num_blocks)."""
+    seconds: float
+    quantizers: tuple[tuple[str, int], ...] = ()
+    """(quantizer, how many layers it took)"""
+    notes: tuple[str, ...] = ()
+    """What a user should know, e.g. that a fast route is missing."""
+
+
+class WorkerFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """The worker's last frame before it exits by itself."""
+
+    reason: str
+    refused: bool = False
+    """True: the checkpoint is not understood, loading again cannot help."""
+
+
+class NewSequence(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence the worker has not seen, or one that comes back after preemption."""
+
+    seq: int
+    tokens: tuple[int, ...]
+    """All that is known: the prompt, and after preemption also the output so far."""
+    num_prompt_tokens: int
+    sampling: SamplingParams
+
+
+class Chunk(msgspec.Struct, frozen=True, array_like=True):
+    """Compute positions [start, stop) of one sequence.
+
+    The tokens are the worker's own copy: it appends each token that it samples, so a decode is
+    [n, n + 1) with nothing sent. `blocks` are appended to the worker's copy of the block table
+    before the chunk runs. With `sample`, the logits of position stop - 1 give the token at `stop`.
+    """
+
+    seq: int
+    start: int
+    stop: int
+    blocks: tuple[int, ...] = ()
+    sample: bool = False
+
+
+class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
+    """Copy one block's bytes before the plan's chunks run. `kind`: "cow" within the pool."""
+
+    kind: str
+    src: int
+    dst: int
+
+
+class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
+    """One step. Applied in this order: drop, add, copies, chunks."""
+
+    step: int
+    chunks: tuple[Chunk, ...]
+    add: tuple[NewSequence, ...] = ()
+    drop: tuple[int, ...] = ()
+    """Sequences that finished, were aborted or preempted: the worker forgets them."""
+    copies: tuple[BlockCopy, ...] = ()
+
+
+class Sampled(msgspec.Struct, frozen=True, array_like=True):
+    seq: int
+    token: int
+    logprob: TokenLogprob | None = None
+    error: str | None = None
+    """The sequence cannot go on (its logits were not finite); `token` means nothing then."""
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """For the prompt tokens at positions [start, start + len(entries))."""
+
+    seq: int
+    start: int
+    entries: tuple[TokenLogprob, ...]
+
+
+class StepResult(msgspec.Struct, frozen=True, tag="result"):
+    step: int
+    sampled: tuple[Sampled, ...]
+    """One per chunk with `sample`, in the plan's order."""
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    seconds: float = 0.0
+
+
+ToWorker = LoadModel | StepPlan
+FromWorker = LoadProgress | ModelInfo | WorkerFailed | StepResult
