@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # The newest release of the tested range; a torch that is already in the environment is kept.
 TORCH  ?= torch==2.13.0
 
-.PHONY: help serve test check lint types imports test-clients bench clean
+.PHONY: help serve stop test check lint types imports test-clients bench clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -40,6 +40,9 @@ tests/e2e/clients/js/node_modules: tests/e2e/clients/js/package.json
 
 serve: $(VENV)/.core  ## set up, serve the embedded model, ask it something
 	@$(BIN)/python examples/first_answer.py
+
+stop:  ## end the daemon that `make serve` started
+	@$(BIN)/python examples/first_answer.py --stop
 
 test: $(VENV)/.dev $(VENV)/.openai2 tests/e2e/clients/js/node_modules  ## run the tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not gpu"
