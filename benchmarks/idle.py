@@ -1,7 +1,7 @@
 """What quantd costs before and between requests: time to /health, memory and CPU at rest.
 
-    python benchmarks/idle.py                    # without a model, and with the embedded one
-    python benchmarks/idle.py --seconds 60 --json results/idle.json
+python benchmarks/idle.py                    # without a model, and with the embedded one
+python benchmarks/idle.py --seconds 60 --json results/idle.json
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A load client for servers that speak OpenAI's /v1/completions. Loopback only.
 
-Prompts are lists of random token ids, seeded by scenario and repeat, so that no prompt is a prefix of
-another's and a prefix cache cannot help unless the scenario shares one on purpose.
+Prompts are lists of random token ids, seeded by scenario and repeat, so that no prompt is a prefix
+of another's and a prefix cache cannot help unless the scenario shares one on purpose.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Starting, timing and stopping the servers that are compared. Each is ended by its own process id."""
+"""Starting, timing and stopping the servers that are compared, each by its own process id."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
     python benchmarks/shapes.py M models/M --gguf
     python benchmarks/serve.py models/M --llama-server PATH --json results/serve.json
 
-The servers take turns (A B A B …), one up at a time, because a shared machine drifts; each round also
-measures the machine itself. Printed: medians over the rounds, and quantd's ratio to each peer.
+The servers take turns (A B A B …), one up at a time, because a shared machine drifts; each round
+also measures the machine itself. Printed: medians over the rounds, and quantd's ratio to each peer.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def measure(peer: peers.Peer, names: list[str], repeat: int) -> dict[str, Any]:
                 flush=True,
             )
         result["peak_mib"] = server.peak_mebibytes()
-    print(f"  {peer.name:10} start {result['start']:.1f} s, peak {result['peak_mib']} MiB", flush=True)
+    print(
+        f"  {peer.name:10} start {result['start']:.1f} s, peak {result['peak_mib']} MiB", flush=True
+    )
     return result
 
 

@@ -1,0 +1,145 @@
+"""Workers that die, clients that leave, daemons that are told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from harness import Daemon
+
+LONG = {
+    "model": "demo",
+    "messages": [{"role": "user", "content": "What can you do?"}],
+    "max_tokens": 4000,
+    "ignore_eos": True,
+}
+SHORT = LONG | {"max_tokens": 4}
+
+
+async def stream(
+    session: aiohttp.ClientSession, url: str, started: asyncio.Semaphore | None = None
+) -> dict[str, Any]:
+    """Read one long stream to its end; the last event that is JSON."""
+    last: dict[str, Any] = {}
+    async with session.post(f"{url}/v1/chat/completions", json=LONG | {"stream": True}) as response:
+        async for line in response.content:
+            if line.startswith(b"data: {"):
+                last = json.loads(line[6:])
+                if started is not None and last.get("choices"):
+                    started.release()
+                    started = None
+    return last
+
+
+def test_a_killed_worker_fails_its_streams_and_comes_back(serve: Callable[..., Daemon]) -> None:
+    daemon = serve("demo", "--threads", "1")
+
+    async def kill_in_the_middle() -> list[dict[str, Any]]:
+        started = asyncio.Semaphore(0)
+        async with aiohttp.ClientSession() as session:
+            streams = [asyncio.create_task(stream(session, daemon.url, started)) for _ in range(8)]
+            for _ in streams:
+                await started.acquire()
+            [worker] = daemon.workers()
+            os.kill(worker, signal.SIGKILL)
+            return await asyncio.gather(*streams)
+
+    for last in asyncio.run(kill_in_the_middle()):
+        assert "SIGKILL" in last["error"]["message"]
+    # The next request waits for the model, which is loaded again.
+    daemon.post("/v1/chat/completions", SHORT)
+    daemon.wait_metric('quantd_kv_blocks{state="used"}', 0)
+    assert daemon.metric("quantd_requests_running") == 0
+
+
+def test_a_dead_daemon_takes_its_worker_along(serve: Callable[..., Daemon]) -> None:
+    daemon = serve("demo", "--threads", "1")
+    [worker] = daemon.workers()
+    daemon.process.kill()
+    daemon.process.wait()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{worker}").exists():
+        state = Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0]
+        if state == "Z":
+            break
+        assert time.monotonic() < deadline, "the worker outlives its daemon"
+        time.sleep(0.02)
+
+
+async def _leave(session: aiohttp.ClientSession, url: str, rng: random.Random) -> None:
+    """Ask, and hang up at a random moment: in the queue, in prefill, in decode."""
+    body = LONG | {"stream": rng.random() < 0.5, "max_tokens": rng.choice([50, 4000])}
+    if rng.random() < 0.3:
+        body["messages"] = [{"role": "user", "content": "list " * rng.randrange(200, 1500)}]
+    request = session.post(f"{url}/v1/chat/completions", json=body)
+    try:
+        async with asyncio.timeout(rng.choice([0.001, 0.01, 0.05, 0.2, 0.5])):
+            async with request as response:
+                await response.read()
+    except TimeoutError:
+        pass
+
+
+def test_1000_clients_that_leave_lose_no_block_and_stall_nobody(
+    serve: Callable[..., Daemon],
+) -> None:
+    daemon = serve("demo", "--threads", "1")
+    daemon.post("/v1/chat/completions", SHORT)
+
+    async def leave_all() -> dict[str, Any]:
+        rng = random.Random(11)
+        limit = asyncio.Semaphore(24)
+
+        async def one(session: aiohttp.ClientSession) -> None:
+            async with limit:
+                await _leave(session, daemon.url, rng)
+
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector) as session:
+            bystander = asyncio.create_task(stream(session, daemon.url))
+            async with asyncio.TaskGroup() as group:
+                for _ in range(1000):
+                    group.create_task(one(session))
+            return await bystander
+
+    last = asyncio.run(leave_all())
+    assert last["choices"][0]["finish_reason"] == "length"
+    for name in ("running", "waiting"):
+        daemon.wait_metric(f"quantd_requests_{name}", 0)
+    daemon.wait_metric('quantd_kv_blocks{state="used"}', 0)
+
+
+def test_sigterm_lets_running_requests_finish(serve: Callable[..., Daemon]) -> None:
+    daemon = serve("demo", "--threads", "1")
+
+    async def terminate_in_the_middle() -> tuple[dict[str, Any], str]:
+        started = asyncio.Semaphore(0)
+        async with aiohttp.ClientSession() as session:
+            running = asyncio.create_task(stream(session, daemon.url, started))
+            await started.acquire()
+            daemon.process.send_signal(signal.SIGTERM)
+            refused = "connected"
+            async with asyncio.timeout(30):
+                while refused == "connected":
+                    try:
+                        async with session.post(
+                            f"{daemon.url}/v1/chat/completions", json=SHORT
+                        ) as response:
+                            if response.status == 503:
+                                refused = (await response.json())["error"]["message"]
+                    except aiohttp.ClientError:
+                        refused = "no listener"
+            return await running, refused
+
+    last, refused = asyncio.run(terminate_in_the_middle())
+    assert last["choices"][0]["finish_reason"] == "length"
+    assert refused
+    assert daemon.process.wait(30) == 0
