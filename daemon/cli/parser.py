@@ -1,0 +1,167 @@
+"""The tree of commands and flags; the settings' flags come from the settings' own rules."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from quantd.daemon.config.load import SECTIONS, flag, meanings, rules
+from quantd.daemon.config.rules import OneOf, Rule
+from quantd.daemon.config.settings import ModelSettings
+
+PROGRAM = "quantd"
+Parser = argparse.ArgumentParser
+_NOT_FLAGS = ("name", "path")
+
+
+def new_parser() -> Parser:
+    parser = Parser(PROGRAM, description="Serves large language models from this machine.")
+    parser.add_argument("--version", action=_Version, help="show the version")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_serve(commands)
+    _add_run(commands)
+    _add_talking(commands)
+    _add_check_config(commands)
+    _add_install_service(commands)
+    completion = _add(commands, "completion", "completion", "print a shell's completion script")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
+    return parser
+
+
+def settings_flags(arguments: argparse.Namespace) -> dict[str, str]:
+    """The given flags that are settings: "server.port" → text."""
+    return _given(arguments, "set ", SECTIONS)
+
+
+def model_flags(arguments: argparse.Namespace) -> dict[str, str]:
+    """The given flags that are a model's settings: "dtype" → text."""
+    given = _given(arguments, "set ", {"models": ModelSettings})
+    return {key.removeprefix("models."): text for key, text in given.items()}
+
+
+def _given(
+    arguments: argparse.Namespace, prefix: str, structs: Mapping[str, type[Any]]
+) -> dict[str, str]:
+    keys = (f"{section}.{name}" for section, struct in structs.items() for name in rules(struct))
+    values = ((key, getattr(arguments, prefix + key, None)) for key in keys)
+    return {key: text for key, text in values if text is not None}
+
+
+def _add_serve(commands: Any) -> None:
+    serve = _add(commands, "serve", "serve", "run the daemon")
+    serve.description = (
+        "Serves the named models; without any the configured ones, and without these the demo."
+    )
+    serve.add_argument(
+        "models",
+        metavar="MODEL",
+        nargs="*",
+        help="a configured model, a checkpoint's path, NAME=PATH, or demo",
+    )
+    _add_config(serve)
+    for section, struct in SECTIONS.items():
+        _add_settings(serve.add_argument_group(section), section, struct)
+    group = serve.add_argument_group("models named on the command line")
+    _add_settings(group, "models", ModelSettings)
+
+
+def _add_run(commands: Any) -> None:
+    run = _add(commands, "run", "run", "ask a model, or chat with it")
+    run.description = (
+        "Asks a running daemon, or one that is started for this call. Without a prompt it chats; "
+        "what is piped in becomes part of the prompt."
+    )
+    run.add_argument("model", metavar="MODEL", nargs="?", help="default: the daemon's first")
+    run.add_argument("prompt", metavar="PROMPT", nargs="?", help="quote it")
+    run.add_argument("--system", metavar="TEXT", help="the system message")
+    run.add_argument("--max-tokens", metavar="N", type=int, help="longest answer")
+    run.add_argument("--temperature", metavar="X", type=float, help="0 is greedy")
+    run.add_argument("--seed", metavar="N", type=int, help="for an answer that can be repeated")
+    _add_target(run)
+
+
+def _add_talking(commands: Any) -> None:
+    ps = _add(commands, "ps", "ps", "show the models, their state and their requests")
+    ps.add_argument("--json", action="store_true", help="as JSON")
+    _add_target(ps)
+    load = _add(commands, "load", "models", "load a model and wait until it is ready")
+    load.add_argument("model", metavar="MODEL")
+    load.set_defaults(action="load")
+    _add_target(load)
+    unload = _add(commands, "unload", "models", "give a model's memory back")
+    unload.add_argument("model", metavar="MODEL")
+    unload.set_defaults(action="unload")
+    _add_target(unload)
+    reload = _add(commands, "reload", "models", "have the daemon read its configuration again")
+    reload.set_defaults(action="reload", model=None)
+    _add_target(reload)
+
+
+def _add_check_config(commands: Any) -> None:
+    check = _add(
+        commands,
+        "check-config",
+        "check_config",
+        "show the configuration in force and where each value came from",
+    )
+    _add_config(check)
+
+
+def _add_install_service(commands: Any) -> None:
+    install = _add(commands, "install-service", "install_service", "install the systemd units")
+    install.add_argument("--user", action="store_true", help="for this user's own systemd")
+    install.add_argument("--dry-run", action="store_true", help="print what would be written")
+    install.add_argument(
+        "--prefix", metavar="DIR", default="/", help="put the files below DIR instead of /"
+    )
+
+
+def _add(commands: Any, name: str, module: str, help_text: str) -> Parser:
+    parser: Parser = commands.add_parser(name, help=help_text, allow_abbrev=False)
+    parser.set_defaults(module=module)
+    return parser
+
+
+def _add_config(parser: Parser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="the configuration file")
+
+
+def _add_target(parser: Parser) -> None:
+    """Where the daemon is that the command talks to."""
+    _add_config(parser)
+    group = parser.add_argument_group("the daemon to talk to (default: as configured)")
+    group.add_argument("--socket", dest="set server.socket", metavar="PATH", help="Unix socket")
+    group.add_argument("--host", dest="set server.host", metavar="HOST", help="TCP address")
+    group.add_argument("--port", dest="set server.port", metavar="PORT", help="TCP port")
+
+
+def _add_settings(group: Any, section: str, struct: type[Any]) -> None:
+    texts = meanings(struct)
+    for name, rule in rules(struct).items():
+        if section == "models" and name in _NOT_FLAGS:
+            continue
+        # A destination that no other flag can have; the loader checks the value and names the flag.
+        group.add_argument(
+            flag(section, name),
+            dest=f"set {section}.{name}",
+            metavar=_metavar(name, rule),
+            help=texts[name].replace("%", "%%"),
+        )
+
+
+def _metavar(name: str, rule: Rule) -> str:
+    return "{" + ",".join(rule.choices) + "}" if isinstance(rule, OneOf) else name.upper()
+
+
+class _Version(argparse.Action):
+    """argparse's own needs the version when the parser is made, and finding it takes a while."""
+
+    def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: Parser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"{PROGRAM} {version(PROGRAM)}")
+        parser.exit()

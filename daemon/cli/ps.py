@@ -1,0 +1,57 @@
+"""`quantd ps`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from quantd.daemon.cli import client
+from quantd.daemon.cli.screen import size, table
+
+_HEADER = ["MODEL", "STATE", "WEIGHTS", "KV USED", "CONTEXT", "DEVICE", "RUNNING", "WAITING"]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    daemon = client.find(arguments)
+    if daemon.path is not None:
+        models = daemon.get("/admin/models")["models"]
+    else:
+        # TCP tells less: an API key is not an administrator's.
+        models = [_from_openai(model) for model in daemon.get("/v1/models")["data"]]
+    if arguments.json:
+        print(json.dumps(models, indent=2))
+        return 0
+    print(table([_HEADER, *map(_row, models)]))
+    for model in models:
+        if model["reason"]:
+            print(f"\n{model['name']}: {model['reason']}")
+    return 0
+
+
+def _row(model: dict[str, Any]) -> list[str]:
+    info, stats = model.get("info"), model.get("stats")
+    row = [model["name"], _state(model), "-", "-", str(model["max_context"] or "-"), "-", "-", "-"]
+    if info is not None:
+        row[2], row[5] = size(info["weight_bytes"]), info["device"]
+    if info is not None and stats is not None:
+        pool = size(stats["blocks_total"] * info["block_bytes"])
+        row[3] = f"{size(stats['blocks_used'] * info['block_bytes'])} of {pool}"
+        row[6:] = str(stats["running"]), str(stats["waiting"])
+    return row
+
+
+def _state(model: dict[str, Any]) -> str:
+    state: str = model["state"]
+    return f"{state} {model['progress']:.0%}" if state == "loading" else state
+
+
+def _from_openai(model: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": model["id"],
+        "state": model["state"],
+        "reason": model["reason"],
+        "progress": model["progress"],
+        "max_context": model["max_model_len"],
+        "aliases": model["aliases"],
+    }

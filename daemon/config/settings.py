@@ -1,0 +1,233 @@
+"""The settings' structs. Frozen; beside every field its rule and its meaning in one line.
+
+Others take these structs in their constructors and may trust the rules' ranges. `config.toml` at
+the repository's root is the same list with the same lines, and each key is a flag of
+`quantd serve` too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from quantd.daemon.config.rules import (
+    FilePath,
+    Flag,
+    Integer,
+    ModelPath,
+    Octal,
+    OneOf,
+    Seconds,
+    Size,
+    SocketPath,
+    Text,
+    Texts,
+)
+
+DAY = 86400.0
+NAME = Text(pattern=r"[^\s/](?:\S*[^\s/])?", meaning="a name without spaces or outer slashes")
+_HOST = Text(pattern=r"[0-9A-Za-z.:*_\[\]%-]+", meaning="a host name or an IP address")
+_ORIGIN = Text(pattern=r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", meaning='"*" or "scheme://host[:port]"')
+_FORMAT = Text(pattern=r"[a-z0-9_-]+", meaning="a format's name")
+_DEVICE = Text(pattern=r"auto|cpu|cuda(:\d+)?", meaning='"auto", "cpu", "cuda" or "cuda:N"')
+
+Policy = Literal["fcfs", "priority", "sjf"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["auto", "json", "console"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """The sockets and what the HTTP face allows."""
+
+    host: Annotated[
+        str,
+        _HOST,
+        "TCP address to listen on; with any but loopback, set API keys",
+    ] = "127.0.0.1"
+    port: Annotated[
+        int,
+        Integer(low=0, high=65535),
+        "TCP port; 0 lets the system choose a free one",
+    ] = 8420
+    socket: Annotated[
+        Path | None,
+        SocketPath(optional=True),
+        'Unix socket; "auto": /run/quantd.sock for root, else $XDG_RUNTIME_DIR/quantd.sock',
+    ] = None
+    """None: there is none. The loader resolves "auto"."""
+    socket_mode: Annotated[
+        int,
+        Octal(),
+        "permission bits of the Unix socket",
+    ] = 0o660
+    api_keys_file: Annotated[
+        Path | None,
+        FilePath(optional=True),
+        'file of API keys for TCP, one per line; "auto": the service\'s credential "api-key"',
+    ] = None
+    """None: TCP needs no key. The loader resolves "auto"."""
+    body_limit_bytes: Annotated[
+        int,
+        Size(low=1024),
+        "largest request body",
+    ] = 32 << 20
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        Texts(item=_HOST),
+        'Host headers accepted beside those of the listening address; ["*"]: all',
+    ] = ()
+    allowed_origins: Annotated[
+        tuple[str, ...],
+        Texts(item=_ORIGIN),
+        'browser origins that may call, e.g. ["http://localhost:3000"]; ["*"]: all',
+    ] = ()
+    keepalive_seconds: Annotated[
+        float,
+        Seconds(low=1, high=3600),
+        "between comments on a stream that has nothing to say",
+    ] = 15.0
+    drain_seconds: Annotated[
+        float,
+        Seconds(low=0, high=3600, live=True),
+        "how long running requests may take to finish when the daemon stops (live)",
+    ] = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerSettings:
+    """How each model's engine chooses its batch."""
+
+    policy: Annotated[
+        Policy,
+        OneOf(choices=("fcfs", "priority", "sjf")),
+        'who is next: "fcfs", "priority" or "sjf" (shortest job first)',
+    ] = "fcfs"
+    max_running: Annotated[
+        int,
+        Integer(low=1, high=4096),
+        "requests of one model that run at once",
+    ] = 64
+    token_budget: Annotated[
+        int,
+        Integer(low=16, high=1 << 20),
+        "tokens computed in one step, prompt and output together",
+    ] = 2048
+    aging_seconds: Annotated[
+        float,
+        Seconds(low=0.001, high=DAY),
+        "after waiting so long a request is next, whatever the policy",
+    ] = 30.0
+    max_waiting: Annotated[
+        int,
+        Integer(low=1, high=1 << 20),
+        "requests of one model that may wait; over it the answer is 429",
+    ] = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """One model that can be served; `name` is its table's own key."""
+
+    name: Annotated[
+        str,
+        NAME,
+        "the model's id",
+    ]
+    path: Annotated[
+        Path,
+        ModelPath(),
+        'the checkpoint: folder or .gguf, relative to this file; "embedded:demo": the one inside',
+    ]
+    dtype: Annotated[
+        str,
+        OneOf(choices=("auto", "bfloat16", "float16", "float32")),
+        'of activations: "auto", "bfloat16", "float16" or "float32"',
+    ] = "auto"
+    quantization: Annotated[
+        str,
+        _FORMAT,
+        'a format\'s name; "auto": what the checkpoint says',
+    ] = "auto"
+    max_context: Annotated[
+        int | None,
+        Integer(low=1, high=1 << 30, auto=True),
+        'tokens; "auto": what the checkpoint says',
+    ] = None
+    kv_bytes: Annotated[
+        int | None,
+        Size(low=1 << 20, auto=True),
+        'budget for KV blocks; "auto": from the memory that is there',
+    ] = None
+    host_kv_bytes: Annotated[
+        int,
+        Size(low=0),
+        "host memory for KV blocks that left the device; 0: none",
+    ] = 0
+    prefix_cache: Annotated[
+        bool,
+        Flag(),
+        "reuse the KV blocks of equal prompt beginnings",
+    ] = True
+    load_format: Annotated[
+        Literal["auto", "dummy"],
+        OneOf(choices=("auto", "dummy")),
+        '"dummy": random weights, to try a configuration out',
+    ] = "auto"
+    device: Annotated[
+        str,
+        _DEVICE,
+        'where it runs: "auto", "cpu", "cuda" or "cuda:N"',
+    ] = "auto"
+    threads: Annotated[
+        int | None,
+        Integer(low=1, high=4096, auto=True),
+        'compute threads on a CPU; "auto": physical cores',
+    ] = None
+    keep_alive: Annotated[
+        float,
+        Seconds(low=0, high=365 * DAY, forever=True),
+        "seconds without a request until it is unloaded; -1: never",
+    ] = -1.0
+    preload: Annotated[
+        bool,
+        Flag(),
+        "load when the daemon starts, not at the first request",
+    ] = True
+    aliases: Annotated[
+        tuple[str, ...],
+        Texts(item=NAME),
+        "other names that clients may use",
+    ] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogSettings:
+    """What is logged, and how."""
+
+    level: Annotated[
+        LogLevel,
+        OneOf(choices=("debug", "info", "warning", "error"), live=True),
+        'least severe to show: "debug", "info", "warning" or "error" (live)',
+    ] = "info"
+    format: Annotated[
+        LogFormat,
+        OneOf(choices=("auto", "json", "console")),
+        '"json", "console", or "auto": console on a terminal, JSON else',
+    ] = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The whole configuration in force."""
+
+    server: ServerSettings = field(default_factory=ServerSettings)
+    scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+    models: Mapping[str, ModelSettings] = field(default_factory=dict)
+    origin: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Key ("server.port") → "FILE:LINE", "--port", "$QUANTD_LOG", "credential" or "default"."""
+    file: Path | None = field(default=None, compare=False)
+    """The configuration file that was read."""

@@ -1,0 +1,102 @@
+"""The sockets that the daemon listens on, and the HTTP faces on them."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
+
+from quantd.daemon.config import ServerSettings
+from quantd.daemon.config.environment import process_variables
+from quantd.daemon.errors import ConfigError
+from quantd.daemon.server import sockets
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A listening socket. `inherited`: the service manager bound it and keeps it open."""
+
+    sock: socket.socket
+    inherited: bool
+
+    @property
+    def is_unix(self) -> bool:
+        return self.sock.family == socket.AF_UNIX
+
+    @property
+    def is_local(self) -> bool:
+        """Only this machine can connect."""
+        return self.is_unix or ip_address(self.sock.getsockname()[0].partition("%")[0]).is_loopback
+
+    @property
+    def address(self) -> str:
+        """http://127.0.0.1:8420, a path, or @name."""
+        name = self.sock.getsockname()
+        if self.is_unix:
+            return name if isinstance(name, str) else "@" + name[1:].decode()
+        host = f"[{name[0]}]" if self.sock.family == socket.AF_INET6 else name[0]
+        return f"http://{host}:{name[1]}"
+
+    def close(self) -> None:
+        """Idempotent. Removes the file of a Unix socket that we made."""
+        if self.sock.fileno() >= 0:
+            if self.is_unix and not self.inherited:
+                sockets.remove_unix(self.address, self.sock)
+            self.sock.close()
+
+
+def open_listeners(server: ServerSettings) -> list[Listener]:
+    """Those of the service manager if it passed any, else the configured ones.
+
+    Raises ConfigError, and leaves none open then.
+    """
+    passed = sockets.inherited(process_variables())
+    if passed:
+        return [Listener(sock, True) for _, sock in passed]
+    bound = [Listener(sock, False) for sock in sockets.bind_tcp(server.host, server.port)]
+    try:
+        if server.socket is not None:
+            bound.append(Listener(sockets.bind_unix(server.socket, server.socket_mode), False))
+    except ConfigError:
+        for listener in bound:
+            listener.close()
+        raise
+    return bound
+
+
+class Faces:
+    """The HTTP faces at work on their listeners. Event loop only."""
+
+    def __init__(self) -> None:
+        self._runners: list[web.AppRunner] = []
+        self._inherited: list[asyncio.AbstractServer] = []
+        self._own: list[asyncio.AbstractServer] = []
+
+    async def add(self, runner: web.AppRunner, listeners: list[Listener]) -> None:
+        """Serves a runner's application on these listeners."""
+        await runner.setup()
+        self._runners.append(runner)
+        loop = asyncio.get_running_loop()
+        assert runner.server is not None
+        for listener in listeners:
+            # aiohttp's SockSite takes no Unix socket under uvloop.
+            create = loop.create_unix_server if listener.is_unix else loop.create_server
+            server = await create(runner.server, sock=listener.sock)
+            (self._inherited if listener.inherited else self._own).append(server)
+
+    def release_inherited(self) -> None:
+        """Connections to the service manager's sockets now wait for the next instance. Our own
+        stay open, to answer that the daemon is stopping."""
+        for server in self._inherited:
+            server.close()
+
+    async def close(self) -> None:
+        """Ends all connections when their handlers have ended, or the runners' patience has."""
+        for server in self._own:
+            server.close()
+        await asyncio.gather(*(runner.cleanup() for runner in self._runners))

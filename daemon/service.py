@@ -1,0 +1,244 @@
+"""The composition root: sockets, models, signals, the service manager, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import signal
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import structlog
+import uvloop
+
+from quantd.daemon.config import Changes, Environment, Settings, diff, in_force
+from quantd.daemon.errors import ConfigError
+from quantd.daemon.listeners import Faces, Listener, open_listeners
+from quantd.daemon.notify import Notifier
+from quantd.daemon.telemetry import logging
+from quantd.daemon.telemetry.logging import LogStream
+from quantd.daemon.telemetry.metrics import Metrics, ModelSample
+
+if TYPE_CHECKING:
+    from quantd.daemon.fleet import ModelStatus
+
+_log = structlog.get_logger("quantd.service")
+
+_CLOSE_SECONDS = 5.0
+"""How long handlers may take to write their last bytes when all models have ended."""
+OnModels = Callable[["list[ModelStatus]"], None]
+"""Called with all models whenever one changes its state or gets on with loading."""
+
+
+def run(service: Service) -> int:
+    """Runs the daemon to its end; returns the exit status. Main thread only."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(service.run())
+
+
+class Service:
+    """The running daemon; run once."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        environment: Environment,
+        read_settings: Callable[[], Settings],
+        log_stream: LogStream | None = None,
+        on_models: OnModels = lambda models: None,
+    ) -> None:
+        """`read_settings` reads the configuration again, or raises ConfigError."""
+        self._settings = settings
+        self._environment = environment
+        self._read_settings = read_settings
+        self._log_stream = log_stream
+        self._on_models = on_models
+        self._notifier = Notifier(environment.notify_socket)
+        self._stop = asyncio.Event()
+        self._stop_now = asyncio.Event()
+
+    async def run(self) -> int:
+        """From the first socket to the last byte; 0, or 1 if a second signal cut the end short.
+
+        Raises ConfigError: an address cannot be used, or the API keys cannot be read.
+        """
+        self._configure_logging()
+        self._handle_signals()
+        # Bound before the web framework is imported, which is most of the start: a client that
+        # comes now waits for a moment instead of being refused.
+        listeners = open_listeners(self._settings.server)
+        try:
+            faces = await self._start(listeners)
+            await self._stop.wait()
+            return await self._end(faces)
+        finally:
+            for listener in listeners:
+                listener.close()
+            self._notifier.close()
+
+    async def _start(self, listeners: list[Listener]) -> Faces:
+        from quantd.daemon.fleet import Fleet
+        from quantd.daemon.server.auth import ApiKeys
+
+        self._keys = ApiKeys.from_file(self._settings.server.api_keys_file)
+        metrics = Metrics()
+        self._fleet = Fleet(self._settings, metrics, on_change=self._on_change)
+        metrics.watch(lambda: map(_sample, self._fleet.models()))
+        faces = await self._open_faces(listeners, metrics)
+        addresses = " and ".join(listener.address for listener in listeners)
+        _log.info(f"listening on {addresses}")
+        self._warn_if_open(listeners)
+        self._notifier.ready()
+        self._start_watchdog()
+        self._fleet.preload()
+        # What is there by now stays: without this, each full collection would look at it again.
+        gc.collect()
+        gc.freeze()
+        return faces
+
+    async def _open_faces(self, listeners: list[Listener], metrics: Metrics) -> Faces:
+        """One application for TCP, one for the Unix socket, which may also administer."""
+        from quantd.daemon.server.admin import AdminActions
+        from quantd.daemon.server.app import create_app, create_runner
+
+        async def reload() -> list[str]:
+            return self.reload().lines()
+
+        server, keys = self._settings.server, self._keys
+        actions = AdminActions(reload=reload, drain=self._on_stop)
+        faces = Faces()
+        tcp = [listener for listener in listeners if not listener.is_unix]
+        unix = [listener for listener in listeners if listener.is_unix]
+        if tcp:
+            app = create_app(server, self._fleet, metrics, keys=keys)
+            await faces.add(create_runner(app), tcp)
+        if unix:
+            app = create_app(server, self._fleet, metrics, admin=actions)
+            await faces.add(create_runner(app), unix)
+        return faces
+
+    # --- the end -----------------------------------------------------------------------------
+
+    async def _end(self, faces: Faces) -> int:
+        """Lets running requests finish, ends the models, then the connections."""
+        seconds = self._settings.server.drain_seconds
+        self._notifier.stopping(seconds + 2 * _CLOSE_SECONDS)
+        self._notifier.status("finishing the running requests")
+        _log.info("stopping", drain_seconds=seconds)
+        faces.release_inherited()
+        await self._unless_cut(self._fleet.drain(seconds))
+        await self._fleet.close()
+        await self._unless_cut(faces.close())
+        _log.info("stopped")
+        return int(self._stop_now.is_set())
+
+    async def _unless_cut(self, work: Coroutine[Any, Any, object]) -> None:
+        """Waits for `work`, until the second signal."""
+        task = asyncio.create_task(work)
+        now = asyncio.create_task(self._stop_now.wait())
+        await asyncio.wait((task, now), return_when=asyncio.FIRST_COMPLETED)
+        now.cancel()
+        if not task.done():
+            task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_stop)
+        loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+
+    def _on_stop(self) -> None:
+        """The first one drains, the second one ends at once."""
+        (self._stop_now if self._stop.is_set() else self._stop).set()
+
+    # --- reload ------------------------------------------------------------------------------
+
+    def _on_hangup(self) -> None:
+        with suppress(ConfigError):  # it is in the log
+            self.reload()
+
+    def reload(self) -> Changes:
+        """Reads the configuration and the keys again, and applies what can be; says what.
+
+        Raises ConfigError; then all is as it was before.
+        """
+        from quantd.daemon.server.auth import read_keys
+
+        self._notifier.reloading()
+        try:
+            new = self._read_settings()
+            file = self._settings.server.api_keys_file
+            keys = None if file is None else read_keys(file)
+        except ConfigError as error:
+            _log.error("reload refused, the former configuration stays", reason=str(error))
+            raise
+        finally:
+            self._notifier.ready()
+        changes = diff(self._settings, new)
+        self._settings = in_force(self._settings, new)
+        if keys is not None:
+            self._keys.replace(keys)
+        self._configure_logging()
+        self._fleet.reconfigure(self._settings.models)
+        _log.info("reloaded", changes=changes.lines())
+        return changes
+
+    # --- watching ----------------------------------------------------------------------------
+
+    def _on_change(self, status: ModelStatus) -> None:
+        models = self._fleet.models()
+        self._on_models(models)
+        if not self._stop.is_set():
+            self._notifier.status(summary(models))
+
+    def _start_watchdog(self) -> None:
+        """Feeds systemd's watchdog from the event loop, so that a loop that hangs is restarted."""
+        usec = self._environment.watchdog_usec
+        if usec is None:
+            return
+        loop = asyncio.get_running_loop()
+
+        def feed() -> None:
+            self._notifier.watchdog()
+            loop.call_later(usec / 2e6, feed)
+
+        feed()
+
+    def _configure_logging(self) -> None:
+        logging.configure(self._settings.log, self._environment, self._log_stream)
+
+    def _warn_if_open(self, listeners: list[Listener]) -> None:
+        if self._keys.required:
+            return
+        for listener in listeners:
+            if not listener.is_local:
+                _log.warning(
+                    "everybody who can reach this address may use it; set server.api_keys_file",
+                    address=listener.address,
+                )
+
+
+def summary(models: list[ModelStatus]) -> str:
+    """One line for `systemctl status`."""
+    ready = sum(model.state == "ready" for model in models)
+    failed = [model.name for model in models if model.state == "failed"]
+    text = f"{ready} of {len(models)} models in memory"
+    return text + (f"; failed: {', '.join(failed)}" if failed else "")
+
+
+def _sample(status: ModelStatus) -> ModelSample:
+    stats = status.stats
+    if stats is None:
+        return ModelSample(model=status.name, state=status.state)
+    return ModelSample(
+        model=status.name,
+        state=status.state,
+        requests_running=stats.running,
+        requests_waiting=stats.waiting,
+        blocks_free=stats.blocks_free,
+        blocks_used=stats.blocks_used,
+        preemptions=stats.preemptions,
+    )

@@ -1,0 +1,114 @@
+"""The metrics' names, types and help texts. Imported at the first scrape, never at start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+
+from quantd.daemon.telemetry.metrics import MODEL_STATES, EngineMetrics, Histogram, ModelSample
+
+_COUNTERS: tuple[tuple[str, str, Callable[[EngineMetrics], float]], ...] = (
+    (
+        "quantd_prompt_tokens",
+        "Prompt tokens of started requests, cached ones included.",
+        lambda engine: engine.prompt_tokens,
+    ),
+    (
+        "quantd_prompt_cached_tokens",
+        "Prompt tokens whose KV blocks were found and not computed.",
+        lambda engine: engine.cached_tokens,
+    ),
+    ("quantd_generation_tokens", "Generated tokens.", lambda engine: engine.generated_tokens),
+    ("quantd_steps", "Steps run.", lambda engine: engine.steps),
+    (
+        "quantd_step_tokens",
+        "Tokens computed in steps, prompt and output together.",
+        lambda engine: engine.step_tokens,
+    ),
+    ("quantd_step_seconds", "Time spent in steps.", lambda engine: engine.step_seconds),
+)
+_HISTOGRAMS: tuple[tuple[str, str, Callable[[EngineMetrics], Histogram]], ...] = (
+    (
+        "quantd_queue_seconds",
+        "From a request's arrival to its first step.",
+        lambda engine: engine.queue,
+    ),
+    (
+        "quantd_ttft_seconds",
+        "From a request's arrival to its first token.",
+        lambda engine: engine.ttft,
+    ),
+    (
+        "quantd_itl_seconds",
+        "Between a request's successive tokens.",
+        lambda engine: engine.itl,
+    ),
+)
+
+
+def families(
+    engines: Mapping[str, EngineMetrics], samples: Sequence[ModelSample]
+) -> Iterator[Metric]:
+    """Everything that a scrape shows beside the process's own numbers."""
+    for name, help_text, value in _COUNTERS:
+        counter = CounterMetricFamily(name, help_text, labels=["model"])
+        for model, engine in engines.items():
+            counter.add_metric([model], value(engine))
+        yield counter
+    outcomes = CounterMetricFamily(
+        "quantd_requests", "Finished requests by how they ended.", labels=["model", "outcome"]
+    )
+    for model, engine in engines.items():
+        for outcome, count in engine.finished.items():
+            outcomes.add_metric([model, outcome], count)
+    yield outcomes
+    for name, help_text, histogram in _HISTOGRAMS:
+        family = HistogramMetricFamily(name, help_text, labels=["model"])
+        for model, engine in engines.items():
+            chosen = histogram(engine)
+            family.add_metric([model], chosen.cumulative(), chosen.sum)
+        yield family
+    yield from _gauges(samples)
+
+
+def _gauges(samples: Sequence[ModelSample]) -> Iterator[Metric]:
+    running = GaugeMetricFamily(
+        "quantd_requests_running", "Requests in the batch.", labels=["model"]
+    )
+    waiting = GaugeMetricFamily(
+        "quantd_requests_waiting", "Requests waiting for a place.", labels=["model"]
+    )
+    blocks = GaugeMetricFamily(
+        "quantd_kv_blocks",
+        "KV blocks: used by requests, cached (evictable), or free.",
+        labels=["model", "tier", "state"],
+    )
+    states = GaugeMetricFamily(
+        "quantd_model_state", "1 for the state that the model is in.", labels=["model", "state"]
+    )
+    preemptions = CounterMetricFamily(
+        "quantd_preemptions",
+        "Running requests that had to give up their place.",
+        labels=["model"],
+    )
+    for sample in samples:
+        for state in MODEL_STATES:
+            states.add_metric([sample.model, state], float(sample.state == state))
+        if sample.state != "ready":
+            continue
+        running.add_metric([sample.model], sample.requests_running)
+        waiting.add_metric([sample.model], sample.requests_waiting)
+        preemptions.add_metric([sample.model], sample.preemptions)
+        for kind, count in (
+            ("free", sample.blocks_free),
+            ("used", sample.blocks_used),
+            ("cached", sample.blocks_cached),
+        ):
+            blocks.add_metric([sample.model, "device", kind], count)
+    return iter((running, waiting, blocks, states, preemptions))
