@@ -1,0 +1,59 @@
+"""The right to use a model: as long as it is held, the model is not unloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from quantd.daemon.engine.engine import Engine
+from quantd.daemon.fleet.resident import Resident
+from quantd.daemon.types import ModelInfo
+
+if TYPE_CHECKING:
+    from quantd.daemon.text import TextModel
+
+
+class Lease:
+    """Held from `Fleet.lease` until the end of the `async with` block, or `release`.
+
+    It keeps the model from being unloaded, not from dying: then `engine.submit` raises, streams
+    end with an error, and a new lease waits for the model to be loaded again.
+    """
+
+    __slots__ = ("name", "_resident", "_release")
+
+    def __init__(self, name: str, resident: Resident, release: Callable[[], None]) -> None:
+        self.name = name
+        """The model's own name, also when an alias was asked for."""
+        self._resident = resident
+        self._release: Callable[[], None] | None = release
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._resident.info
+
+    @property
+    def engine(self) -> Engine:
+        return self._resident.engine
+
+    @property
+    def text(self) -> TextModel:
+        return self._resident.text
+
+    def release(self) -> None:
+        """Gives it back; idempotent."""
+        if self._release is not None:
+            release, self._release = self._release, None
+            release()
+
+    async def __aenter__(self) -> Lease:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()

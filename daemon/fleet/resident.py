@@ -1,0 +1,141 @@
+"""A model in memory: its worker, its engine and its tokenizer; and how it gets there."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import structlog
+
+from quantd.daemon.config import ModelSettings, SchedulerSettings
+from quantd.daemon.engine.engine import Engine
+from quantd.daemon.engine.executor import Executor, OnProgress
+from quantd.daemon.engine.metrics import EngineMetrics
+from quantd.daemon.errors import QuantdError, Unavailable
+from quantd.daemon.kv.pool import BlockPool
+from quantd.daemon.scheduler.scheduler import Scheduler
+from quantd.daemon.types import LoadModel, ModelInfo
+
+if TYPE_CHECKING:
+    from quantd.daemon.text import TextModel
+
+_log = structlog.get_logger("quantd.fleet")
+
+
+class LoadedExecutor(Executor, Protocol):
+    """An executor whose model is in memory."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    @property
+    def pid(self) -> int: ...
+
+
+StartExecutor = Callable[[LoadModel, OnProgress], Awaitable[LoadedExecutor]]
+LoadText = Callable[[Path, int | None], "TextModel"]
+"""(checkpoint, max_context); blocking, called in a thread."""
+
+
+class FleetMetrics(Protocol):
+    def engine(self, model: str) -> EngineMetrics: ...
+
+
+class Resident:
+    """One loaded model. Made by `Loader.load`, ended by `close`, used once."""
+
+    def __init__(self, executor: LoadedExecutor, engine: Engine, text: TextModel) -> None:
+        self._executor = executor
+        self.engine = engine
+        self.text = text
+        self.run = asyncio.create_task(engine.run())
+        """Ends with the engine; its result is why."""
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._executor.info
+
+    @property
+    def pid(self) -> int:
+        return self._executor.pid
+
+    async def close(self) -> None:
+        """Ends its requests with an error, and its worker. Idempotent."""
+        await self.engine.close()
+        await asyncio.wait([self.run])
+
+
+def load_text(path: Path, max_context: int | None) -> TextModel:
+    """Blocking. The import is here since it costs more than the daemon's whole start may."""
+    from quantd.daemon.text import TextModel
+
+    return TextModel.load(path, max_context)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loader:
+    """All that it takes to load any model."""
+
+    scheduler: SchedulerSettings
+    metrics: FleetMetrics
+    start_executor: StartExecutor
+    load_text: LoadText = load_text
+    clock: Callable[[], float] = time.monotonic
+
+    async def load(self, model: ModelSettings, on_progress: OnProgress) -> Resident:
+        """Starts the worker, and reads the tokenizer beside it. When either fails, or the caller
+        is cancelled, nothing is left. Raises `Unavailable` or `ModelRefused`."""
+        text = asyncio.create_task(self._load_text(model))
+        worker = asyncio.ensure_future(self.start_executor(_frame(model), on_progress))
+        try:
+            # The first error counts; a missing tokenizer need not wait for 30 GB of weights.
+            await asyncio.gather(worker, text)
+        except BaseException:
+            text.cancel()
+            await _discard(worker)
+            raise
+        executor = worker.result()
+        scheduler = Scheduler(
+            BlockPool(executor.info.num_blocks), self.scheduler, executor.info.max_context
+        )
+        metrics = self.metrics.engine(model.name)
+        engine = Engine(executor, executor.info, scheduler, metrics, self.clock)
+        return Resident(executor, engine, text.result())
+
+    async def _load_text(self, model: ModelSettings) -> TextModel:
+        try:
+            return await asyncio.to_thread(self.load_text, model.path, model.max_context)
+        except Unavailable:
+            raise
+        except QuantdError as error:
+            raise Unavailable(f"the tokenizer of model {model.name!r}: {error}") from error
+        except Exception as error:
+            _log.exception("loading a tokenizer failed", model=model.name)
+            reason = f"the tokenizer of model {model.name!r}: {type(error).__name__}: {error}"
+            raise Unavailable(reason) from error
+
+
+async def _discard(worker: asyncio.Future[LoadedExecutor]) -> None:
+    """Ends a worker that is loading, or that finished just now."""
+    worker.cancel()
+    await asyncio.wait([worker])
+    if not worker.cancelled() and worker.exception() is None:
+        await worker.result().close()
+
+
+def _frame(model: ModelSettings) -> LoadModel:
+    return LoadModel(
+        name=model.name,
+        path=str(model.path),
+        dtype=model.dtype,
+        quantization=model.quantization,
+        max_context=model.max_context,
+        kv_bytes=model.kv_bytes,
+        load_format=model.load_format,
+        device=model.device,
+        threads=model.threads,
+    )
