@@ -1,0 +1,85 @@
+"""The two applications: one for TCP, one for the Unix socket, which also has the admin routes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from quantd.daemon.config import ServerSettings
+from quantd.daemon.server import admin as admin_routes
+from quantd.daemon.server import chat, completions, middleware, models, system, tokens
+from quantd.daemon.server.admin import ACTIONS, AdminActions
+from quantd.daemon.server.auth import ApiKeys, HostRule
+from quantd.daemon.server.context import CONTEXT, Clock, Context
+
+if TYPE_CHECKING:
+    from quantd.daemon.fleet import Fleet
+    from quantd.daemon.telemetry.metrics import Metrics
+
+_IDLE_SECONDS = 120.0
+"""An idle connection is closed after this; longer than the SDKs' own pools keep one."""
+
+
+def create_app(
+    settings: ServerSettings,
+    fleet: Fleet,
+    metrics: Metrics,
+    *,
+    keys: ApiKeys | None = None,
+    admin: AdminActions | None = None,
+    clock: Clock | None = None,
+) -> web.Application:
+    """`admin` given: the application of the Unix socket. It has the admin routes, asks for no key
+    and does not look at Host and Origin, because no browser can get there."""
+    if admin is None:
+        rule = HostRule(settings.host, settings.allowed_hosts, settings.allowed_origins)
+        guard = middleware.tcp_guard(rule)
+    else:
+        guard = middleware.unix_guard
+    app = web.Application(
+        client_max_size=settings.body_limit_bytes, middlewares=[middleware.errors, guard]
+    )
+    app[CONTEXT] = Context(settings, fleet, metrics, keys or ApiKeys(), clock or Clock())
+    app.on_response_prepare.append(middleware.add_headers)
+    app.add_routes(_ROUTES)
+    if admin is not None:
+        app[ACTIONS] = admin
+        app.add_routes(_ADMIN_ROUTES)
+    return app
+
+
+def create_runner(app: web.Application) -> web.AppRunner:
+    """The only way these applications may be run: `handler_cancellation` is what ends the work of
+    a client that has left, and a line per request would cost more than some requests."""
+    return web.AppRunner(
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        keepalive_timeout=_IDLE_SECONDS,
+        # By then the fleet has drained: nothing but the last bytes of responses is under way.
+        shutdown_timeout=2.0,
+    )
+
+
+_ROUTES = [
+    web.get("/v1/models", models.list_models),
+    web.get("/v1/models/{model:.+}", models.get_model),
+    web.post("/v1/completions", completions.completions),
+    web.post("/v1/chat/completions", chat.chat_completions),
+    web.post("/tokenize", tokens.tokenize),
+    web.post("/detokenize", tokens.detokenize),
+    web.get("/health", system.health),
+    web.get("/ready", system.ready),
+    web.get("/ping", system.health),
+    web.get("/version", system.version),
+    web.get("/metrics", system.metrics),
+]
+_ADMIN_ROUTES = [
+    web.post("/admin/reload", admin_routes.reload),
+    web.post("/admin/drain", admin_routes.drain),
+    web.get("/admin/models", admin_routes.models),
+    web.post("/admin/models/load", admin_routes.load_model),
+    web.post("/admin/models/unload", admin_routes.unload_model),
+    web.get("/admin/state", admin_routes.state),
+]

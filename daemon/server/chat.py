@@ -1,0 +1,154 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import msgspec
+from aiohttp import web
+
+from quantd.daemon.errors import RequestError
+from quantd.daemon.server.body import read_body
+from quantd.daemon.server.generate import Generation, Prompt, Usage, collect, generation
+from quantd.daemon.server.logprobs import ChatLogprobs, chat_logprobs
+from quantd.daemon.server.messages import check_messages, encode_messages, num_chars, off_loop
+from quantd.daemon.server.models import json_response
+from quantd.daemon.server.sampling import (
+    MAX_LOGPROBS,
+    Options,
+    integer,
+    read_options,
+    refuse_unserved,
+)
+from quantd.daemon.server.schemas import ChatBody
+from quantd.daemon.server.stream import ChunkTemplate, stream_generation, token_ids
+
+if TYPE_CHECKING:
+    from quantd.daemon.server.choice import Delta
+    from quantd.daemon.text import TextModel
+
+_DECODER = msgspec.json.Decoder(ChatBody)
+_UNSERVED = (
+    "tool_choice",
+    "functions",
+    "function_call",
+    "modalities",
+    "audio",
+    "web_search_options",
+    "thinking_token_budget",
+    "add_special_tokens",
+)
+
+
+class ReplyMessage(msgspec.Struct):
+    content: str
+    role: str = "assistant"
+    refusal: str | None = None
+
+
+class ChatChoice(msgspec.Struct):
+    index: int
+    message: ReplyMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str
+    stop_reason: str | int | None
+    token_ids: list[int] | msgspec.UnsetType
+
+
+class ChatReply(msgspec.Struct):
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    service_tier: str | msgspec.UnsetType
+    prompt_token_ids: Sequence[int] | msgspec.UnsetType
+    object: str = "chat.completion"
+
+
+async def chat_completions(request: web.Request) -> web.StreamResponse:
+    body = await read_body(request, _DECODER)
+    options = _read_options(body)
+    running = generation(request, body.model, options, "chatcmpl-", partial(_encode, body))
+    if options.stream:
+        return await stream_generation(request, running, ChatChunks)
+    async with running as made:
+        return json_response(_reply(made, await collect(made)))
+
+
+def _read_options(body: ChatBody) -> Options:
+    check_messages(body, body.messages)
+    refuse_unserved(body, _UNSERVED)
+    # The newer name wins where a client sends both for the sake of older servers.
+    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    value = getattr(body, name)
+    max_tokens = None if value is None else integer(name, value, 1, 1)
+    num_top = integer("top_logprobs", body.top_logprobs, 0, 0, MAX_LOGPROBS)
+    if num_top and not body.logprobs:
+        raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
+    return read_options(body, max_tokens=max_tokens, logprobs=num_top if body.logprobs else None)
+
+
+async def _encode(body: ChatBody, text: TextModel) -> list[Prompt]:
+    extra = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
+    encode = partial(encode_messages, text, body, body.messages, extra)
+    return [Prompt(tuple(await off_loop(num_chars(body.messages), encode)))]
+
+
+def _reply(made: Generation, results: Sequence[Delta]) -> ChatReply:
+    options = made.options
+    return ChatReply(
+        id=made.id,
+        created=made.created,
+        model=made.model,
+        choices=[
+            ChatChoice(
+                index=result.index,
+                message=ReplyMessage(result.text),
+                logprobs=chat_logprobs(made.text, options, result.entries),
+                finish_reason=result.finish_reason or "stop",
+                stop_reason=result.stop_reason,
+                token_ids=token_ids(options, result),
+            )
+            for result in results
+        ],
+        usage=made.usage(),
+        service_tier=options.service_tier or msgspec.UNSET,
+        prompt_token_ids=made.prompts[0].ids if options.return_token_ids else msgspec.UNSET,
+    )
+
+
+class ChatChunks:
+    """Deltas as chat.completion.chunk events."""
+
+    def __init__(self, made: Generation) -> None:
+        self._made = made
+        self._template = ChunkTemplate(made, "chat.completion.chunk")
+        self._begun: set[int] = set()
+
+    def encode(self, delta: Delta) -> bytes:
+        """The events of one delta, in one piece: role if it is the first, text, finish."""
+        parts: list[bytes] = []
+        index, template = delta.index, self._template
+        if index not in self._begun:
+            self._begun.add(index)
+            parts.append(template.chunk(index, b'"delta":{"role":"assistant","content":""}'))
+        if delta.text or delta.entries:
+            logprobs = chat_logprobs(self._made.text, self._made.options, delta.entries)
+            parts.append(
+                template.chunk(
+                    index,
+                    b'"delta":{"content":' + msgspec.json.encode(delta.text) + b"}",
+                    b"null" if logprobs is None else msgspec.json.encode(logprobs),
+                    extra=template.token_ids(delta),
+                )
+            )
+        if delta.finish_reason is not None:
+            parts.append(template.finish(b'"delta":{}', delta))
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def end(self) -> bytes:
+        """After the last choice: usage if asked for, and the mark of the end."""
+        return self._template.end()

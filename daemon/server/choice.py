@@ -1,0 +1,145 @@
+"""One choice: a token stream on its way to text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from quantd.daemon.errors import Unavailable
+from quantd.daemon.server.sampling import Options
+from quantd.daemon.types import SamplingParams, TokenEvent, TokenLogprob
+
+if TYPE_CHECKING:
+    from quantd.daemon.engine.stream import TokenStream
+    from quantd.daemon.text import OutputText
+
+
+class TokenEntry(NamedTuple):
+    """A token of the output, its logprob if asked for, and where its text begins."""
+
+    token: int
+    logprob: TokenLogprob | None
+    offset: int
+
+
+@dataclass(slots=True)
+class Delta:
+    """What a choice has new; added up, what it has said."""
+
+    index: int
+    text: str = ""
+    entries: list[TokenEntry] = field(default_factory=list)
+    """Only with logprobs or return_token_ids: the tokens whose text is out with this delta."""
+    finish_reason: Literal["stop", "length"] | None = None
+    stop_reason: str | int | None = None
+    """The stop string or the caller's stop token; None for the model's own end."""
+
+    def add(self, other: Delta) -> None:
+        self.text += other.text
+        self.entries += other.entries
+        self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
+
+
+class Choice:
+    """Reads one TokenStream; one reader calls `next` until `finish_reason` is set.
+
+    What is counted and what is shown do not depend on how the stream merged its tokens: those
+    behind a stop string are not counted, though the engine may have made some before the abort.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        stream: TokenStream,
+        output: OutputText,
+        sampling: SamplingParams,
+        options: Options,
+    ) -> None:
+        self.index = index
+        self.num_tokens = 0
+        """For usage: the generated ones, with the stop token or those of the stop string."""
+        self.num_cached_tokens = 0
+        self.finish_reason: Literal["stop", "length"] | None = None
+        self.prompt_logprobs: Sequence[TokenLogprob | None] = ()
+        """Set by the first delta, when asked for."""
+        self._stream = stream
+        self._output = output
+        self._own_stops = frozenset(options.stop_token_ids)
+        self._prompt_only = options.max_tokens == 0
+        self._wants_entries = sampling.logprobs is not None or options.return_token_ids
+        self._keeps_all_entries = options.include_stop or options.return_token_ids
+        self._held: list[TokenEntry] = []
+        """Entries whose text is not out yet."""
+        self._num_chars = 0
+        """Of text given out."""
+
+    def abort(self) -> None:
+        """Its sequence is gone before the next step; no effect after the end."""
+        self._stream.abort()
+
+    async def next(self) -> Delta:
+        """Waits until there is something to say: text or the end. Raises Unavailable when the
+        engine gave the request up."""
+        while True:
+            event = await self._stream.__anext__()
+            delta = self._take(event)
+            if delta.text or delta.entries or delta.finish_reason is not None:
+                return delta
+
+    def _take(self, event: TokenEvent) -> Delta:
+        if event.finish_reason == "error" or event.finish_reason == "abort":
+            raise Unavailable(event.error or "the request was aborted")
+        if event.prompt_logprobs:
+            self.prompt_logprobs = event.prompt_logprobs
+        self.num_cached_tokens = max(self.num_cached_tokens, event.num_cached_tokens)
+        if self._prompt_only:
+            self.finish_reason = None if event.finish_reason is None else "length"
+            return Delta(self.index, finish_reason=self.finish_reason)
+        return self._take_tokens(event)
+
+    def _take_tokens(self, event: TokenEvent) -> Delta:
+        tokens, ended = event.tokens, event.finish_reason == "stop"
+        fed = self._output.feed(tokens, ends_with_stop_token=ended)
+        delta = Delta(self.index, fed.text)
+        self.num_tokens += fed.tokens_consumed
+        if self._wants_entries:
+            self._hold(event, fed.offsets)
+        stopped = fed.stopped
+        if stopped is None and event.finish_reason is not None:
+            flushed = self._output.flush()
+            delta.text += flushed.text
+            stopped = flushed.stopped
+        self._num_chars += len(delta.text)
+        if stopped is not None:
+            self._stream.abort()
+            delta.finish_reason, delta.stop_reason = "stop", stopped
+        elif event.finish_reason is not None:
+            delta.finish_reason = "stop" if ended else "length"
+            if ended and tokens[-1] in self._own_stops:
+                delta.stop_reason = tokens[-1]
+        self.finish_reason = delta.finish_reason
+        if self._held:
+            delta.entries = self._released(ended, stopped is not None)
+        return delta
+
+    def _hold(self, event: TokenEvent, offsets: Sequence[int]) -> None:
+        """Those behind a stop string are not in `offsets` and fall away here."""
+        logprobs: Sequence[TokenLogprob | None] = event.logprobs or (None,) * len(event.tokens)
+        for token, logprob, offset in zip(event.tokens, logprobs, offsets, strict=False):
+            self._held.append(TokenEntry(token, logprob, offset))
+
+    def _released(self, ended: bool, stopped: bool) -> list[TokenEntry]:
+        """The entries whose text has begun to show; at the end all, but for those of the text
+        that was cut off: a stop token or the tokens of a stop string."""
+        held, shown = self._held, self._num_chars
+        if self.finish_reason is None:
+            count = next((i for i, entry in enumerate(held) if entry.offset >= shown), len(held))
+            self._held = held[count:]
+            return held[:count]
+        self._held = []
+        if self._keeps_all_entries:
+            return held
+        if stopped:
+            return [entry for entry in held if entry.offset < shown]
+        return held[:-1] if ended else held

@@ -1,0 +1,232 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import msgspec
+from aiohttp import web
+
+from quantd.daemon.errors import RequestError
+from quantd.daemon.server.body import read_body
+from quantd.daemon.server.choice import Delta, TokenEntry
+from quantd.daemon.server.generate import Generation, Prompt, Usage, collect, generation
+from quantd.daemon.server.logprobs import CompletionLogprobs, completion_logprobs
+from quantd.daemon.server.messages import off_loop
+from quantd.daemon.server.models import json_response
+from quantd.daemon.server.sampling import (
+    MAX_LOGPROBS,
+    Options,
+    integer,
+    read_options,
+    refuse_unserved,
+)
+from quantd.daemon.server.schemas import CompletionBody
+from quantd.daemon.server.stream import ChunkTemplate, stream_generation, token_ids
+from quantd.daemon.text import OutputText
+
+if TYPE_CHECKING:
+    from quantd.daemon.text import TextModel
+
+_DECODER = msgspec.json.Decoder(CompletionBody)
+_UNSERVED = ("suffix", "prompt_embeds")
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's, for this API only."""
+MAX_PROMPTS = 2048
+
+
+class CompletionChoice(msgspec.Struct):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str
+    stop_reason: str | int | None
+    token_ids: list[int] | msgspec.UnsetType
+    prompt_token_ids: Sequence[int] | msgspec.UnsetType
+
+
+class CompletionReply(msgspec.Struct):
+    id: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+    service_tier: str | msgspec.UnsetType
+    object: str = "text_completion"
+
+
+async def completions(request: web.Request) -> web.StreamResponse:
+    body = await read_body(request, _DECODER)
+    options = _read_options(body)
+    encode = partial(_encode, body, _read_prompt(body.prompt))
+    running = generation(request, body.model, options, "cmpl-", encode)
+    if options.stream:
+        return await stream_generation(request, running, partial(CompletionChunks, body.echo))
+    async with running as made:
+        results = await collect(made)
+        return json_response(_reply(made, results, bool(body.echo)))
+
+
+def _read_options(body: CompletionBody) -> Options:
+    refuse_unserved(body, _UNSERVED)
+    # With echo, 0 asks for the prompt and its logprobs alone.
+    low = 0 if body.echo else 1
+    max_tokens = integer("max_tokens", body.max_tokens, DEFAULT_MAX_TOKENS, low)
+    logprobs = None
+    if body.logprobs is not None:
+        logprobs = integer("logprobs", body.logprobs, 0, 0, MAX_LOGPROBS)
+    return read_options(
+        body,
+        max_tokens=max_tokens,
+        max_tokens_may_shrink=body.max_tokens is None,
+        logprobs=logprobs,
+        prompt_logprobs=logprobs if body.echo else None,
+    )
+
+
+def _read_prompt(prompt: str | list[str | int | list[int]] | None) -> list[str | list[int]]:
+    """One entry per prompt. Raises RequestError for what is neither of OpenAI's four forms."""
+    if prompt is None:
+        raise RequestError(
+            "prompt: this field is required", param="prompt", code="missing_required_parameter"
+        )
+    if isinstance(prompt, str):
+        return [prompt]
+    texts = [item for item in prompt if isinstance(item, str)]
+    ids = [item for item in prompt if isinstance(item, int)]
+    lists = [item for item in prompt if isinstance(item, list)]
+    if len(prompt) > MAX_PROMPTS and not ids:
+        raise RequestError(
+            f"prompt has {len(prompt)} entries; the limit is {MAX_PROMPTS}", param="prompt"
+        )
+    for kind in (texts, lists):
+        if kind and len(kind) == len(prompt):
+            return list(kind)
+    if ids and len(ids) == len(prompt):
+        return [ids]
+    raise RequestError(
+        "prompt must be a string, a list of strings, a list of token ids, or a list of such lists"
+        + ("; got an empty list" if not prompt else ""),
+        param="prompt",
+    )
+
+
+async def _encode(
+    body: CompletionBody, prompts: Sequence[str | list[int]], text: TextModel
+) -> list[Prompt]:
+    special = body.add_special_tokens is not False
+
+    def encode() -> list[Prompt]:
+        return [
+            Prompt(tuple(text.encode(prompt, add_special_tokens=special)), prompt)
+            if isinstance(prompt, str)
+            else Prompt(tuple(prompt))
+            for prompt in prompts
+        ]
+
+    num_chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+    return await off_loop(num_chars, encode)
+
+
+class Echo:
+    """A prompt as the beginning of its choice's text. `entries` needs the first event to be in."""
+
+    def __init__(self, made: Generation, index: int) -> None:
+        prompt = made.prompt_of(index)
+        self._ids = prompt.ids
+        self._choice = made.choices[index]
+        shown = OutputText(made.text, (), skip_special_tokens=made.options.skip_special_tokens)
+        fed = shown.feed(prompt.ids)
+        # Half a character at the end comes whole with the output, if there is one.
+        tail = shown.flush().text if made.options.max_tokens == 0 else ""
+        self.text = fed.text + tail if prompt.text is None else prompt.text
+        self._offsets = fed.offsets
+
+    def entries(self) -> list[TokenEntry]:
+        logprobs = self._choice.prompt_logprobs or (None,) * len(self._ids)
+        limit = len(self.text)  # a normalizing tokenizer's text may be longer than the caller's
+        return [
+            TokenEntry(token, logprob, min(offset, limit))
+            for token, logprob, offset in zip(self._ids, logprobs, self._offsets, strict=True)
+        ]
+
+
+def _reply(made: Generation, results: Sequence[Delta], echoes: bool) -> CompletionReply:
+    return CompletionReply(
+        id=made.id,
+        created=made.created,
+        model=made.model,
+        choices=[_choice(made, result, echoes) for result in results],
+        usage=made.usage(),
+        service_tier=made.options.service_tier or msgspec.UNSET,
+    )
+
+
+def _choice(made: Generation, result: Delta, echoes: bool) -> CompletionChoice:
+    text, options = result.text, made.options
+    logprobs = None
+    if not echoes:
+        logprobs = completion_logprobs(made.text, options, result.entries, 0)
+    else:
+        echo = Echo(made, result.index)
+        text = echo.text + text
+        logprobs = _echoed_logprobs(made, echo, result)
+    prompt_ids = made.prompt_of(result.index).ids
+    return CompletionChoice(
+        index=result.index,
+        text=text,
+        logprobs=logprobs,
+        finish_reason=result.finish_reason or "stop",
+        stop_reason=result.stop_reason,
+        token_ids=token_ids(options, result),
+        prompt_token_ids=prompt_ids if options.return_token_ids else msgspec.UNSET,
+    )
+
+
+def _echoed_logprobs(made: Generation, echo: Echo, delta: Delta) -> CompletionLogprobs | None:
+    if made.options.base.logprobs is None:
+        return None
+    base = len(echo.text)
+    output = [entry._replace(offset=base + entry.offset) for entry in delta.entries]
+    return completion_logprobs(made.text, made.options, [*echo.entries(), *output], 0)
+
+
+class CompletionChunks:
+    """Deltas as text_completion events."""
+
+    def __init__(self, echoes: bool | None, made: Generation) -> None:
+        self._made = made
+        self._template = ChunkTemplate(made, "text_completion")
+        self._echoes = bool(echoes)
+        self._bases: dict[int, int] = {}
+        """Choice → characters of echoed prompt before its output."""
+
+    def encode(self, delta: Delta) -> bytes:
+        """The events of one delta, in one piece: the echoed prompt, text, finish."""
+        template, index, made = self._template, delta.index, self._made
+        text, logprobs = delta.text, None
+        if self._echoes and index not in self._bases:
+            echo = Echo(made, index)
+            self._bases[index] = len(echo.text)
+            text = echo.text + text
+            logprobs = _echoed_logprobs(made, echo, delta)
+        elif delta.entries:
+            base = self._bases.get(index, 0)
+            logprobs = completion_logprobs(made.text, made.options, delta.entries, base)
+        data = b""
+        if text or logprobs is not None:
+            data = template.chunk(
+                index,
+                b'"text":' + msgspec.json.encode(text),
+                b"null" if logprobs is None else msgspec.json.encode(logprobs),
+                extra=template.token_ids(delta),
+            )
+        if delta.finish_reason is not None:
+            data += template.finish(b'"text":""', delta)
+        return data
+
+    def end(self) -> bytes:
+        """After the last choice: usage if asked for, and the mark of the end."""
+        return self._template.end()

@@ -1,0 +1,204 @@
+"""From a checked body to the text of its choices: the path that all text APIs share.
+
+One HTTP request is a `Generation`: prompts times n choices, each a request of the engine. What an
+API adds is how the deltas are written down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+from aiohttp import web
+
+from quantd.daemon.errors import RequestError
+from quantd.daemon.server.choice import Choice, Delta
+from quantd.daemon.server.context import CALLER, CONTEXT
+from quantd.daemon.server.sampling import Options, check_ids
+from quantd.daemon.text import OutputText
+from quantd.daemon.types import Request
+
+if TYPE_CHECKING:
+    from quantd.daemon.fleet import Lease
+    from quantd.daemon.text import TextModel
+
+
+class Prompt(NamedTuple):
+    ids: tuple[int, ...]
+    text: str | None = None
+    """As the caller wrote it; None when it came as ids or messages."""
+
+
+EncodePrompts = Callable[["TextModel"], Awaitable[Sequence[Prompt]]]
+
+
+class CachedTokens(msgspec.Struct):
+    cached_tokens: int
+
+
+class ReasoningTokens(msgspec.Struct):
+    reasoning_tokens: int
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+    completion_tokens_details: ReasoningTokens
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Running choices. Made by `generation`, whose exit aborts what has not ended."""
+
+    id: str
+    created: int
+    model: str
+    """The model's own name, also when an alias was asked for."""
+    text: TextModel
+    options: Options
+    prompts: Sequence[Prompt]
+    choices: list[Choice]
+    """Prompt by prompt: choice i belongs to prompt i // n."""
+
+    def prompt_of(self, index: int) -> Prompt:
+        return self.prompts[index // self.options.n]
+
+    @property
+    def is_finished(self) -> bool:
+        return all(choice.finish_reason is not None for choice in self.choices)
+
+    def usage(self) -> Usage:
+        """A prompt counts once, however many choices it has; so do its cached tokens, as its first
+        choice found them."""
+        num_prompt = sum(len(prompt.ids) for prompt in self.prompts)
+        num_completion = sum(choice.num_tokens for choice in self.choices)
+        num_cached = sum(choice.num_cached_tokens for choice in self.choices[:: self.options.n])
+        return Usage(
+            num_prompt,
+            num_completion,
+            num_prompt + num_completion,
+            CachedTokens(num_cached),
+            ReasoningTokens(0),
+        )
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """What all choices say, as it comes. Raises what ended a choice badly."""
+        if len(self.choices) == 1:
+            choice = self.choices[0]
+            while choice.finish_reason is None:
+                yield await choice.next()
+        else:
+            async for delta in _interleave(self.choices):
+                yield delta
+
+    def abort(self) -> None:
+        for choice in self.choices:
+            choice.abort()
+
+
+async def _interleave(choices: Sequence[Choice]) -> AsyncIterator[Delta]:
+    """One place for all: a choice is not read on before its delta is taken, so a slow reader
+    holds back each of them, and their streams merge."""
+    arrived: asyncio.Queue[Delta | Exception] = asyncio.Queue(maxsize=1)
+
+    async def pump(choice: Choice) -> None:
+        try:
+            while choice.finish_reason is None:
+                await arrived.put(await choice.next())
+        except Exception as error:
+            await arrived.put(error)
+
+    pumps = [asyncio.create_task(pump(choice)) for choice in choices]
+    try:
+        num_running = len(choices)
+        while num_running:
+            delta = await arrived.get()
+            if isinstance(delta, Exception):
+                raise delta
+            num_running -= delta.finish_reason is not None
+            yield delta
+    finally:
+        for task in pumps:
+            task.cancel()
+
+
+@asynccontextmanager
+async def generation(
+    request: web.Request, model: str | None, options: Options, prefix: str, encode: EncodePrompts
+) -> AsyncIterator[Generation]:
+    """Waits for the model, encodes, submits; gives the model back at the end, and what still runs
+    is aborted whatever the reason: a client that left, a stop string, an error."""
+    context = request.app[CONTEXT]
+    async with await context.fleet.lease(model) as lease:
+        arrival = context.clock.monotonic()
+        vocab_size = lease.info.vocab_size
+        prompts = [_checked(p, options, vocab_size) for p in await encode(lease.text)]
+        made = Generation(
+            id=prefix + (options.request_id or uuid.uuid4().hex),
+            created=int(context.clock.wall()),
+            model=lease.name,
+            text=lease.text,
+            options=options,
+            prompts=prompts,
+            choices=[],
+        )
+        try:
+            _submit(made, lease, arrival, request[CALLER])
+            yield made
+        finally:
+            made.abort()
+
+
+def _checked(prompt: Prompt, options: Options, vocab_size: int) -> Prompt:
+    ids = prompt.ids
+    if options.truncate_prompt_tokens is not None:
+        ids = ids[-options.truncate_prompt_tokens :]
+    if not ids:
+        raise RequestError("the prompt has no tokens; at least 1 is needed", param="prompt")
+    check_ids("prompt", (min(ids), max(ids)), vocab_size)
+    return Prompt(ids, prompt.text if len(ids) == len(prompt.ids) else None)
+
+
+def _submit(made: Generation, lease: Lease, arrival: float, caller: str) -> None:
+    """All or none: when a later one is refused, the caller's `finally` aborts the earlier ones."""
+    options, info, choices = made.options, lease.info, made.choices
+    for prompt in made.prompts:
+        for index in range(options.n):
+            number = len(choices)
+            sampling = options.sampling(
+                lease.text, info.vocab_size, len(prompt.ids), info.max_context, index
+            )
+            request = Request(
+                id=f"{made.id}-{number}",
+                prompt=prompt.ids,
+                sampling=sampling,
+                priority=options.priority,
+                arrival=arrival,
+                caller=caller,
+            )
+            output = OutputText(
+                lease.text,
+                prompt.ids,
+                options.stop,
+                options.include_stop,
+                options.skip_special_tokens,
+                sampling.min_tokens,
+            )
+            stream = lease.engine.submit(request)
+            choices.append(Choice(number, stream, output, sampling, options))
+
+
+async def collect(made: Generation) -> list[Delta]:
+    """Everything that each choice says, for a response in one piece."""
+    results = [Delta(choice.index) for choice in made.choices]
+    async with aclosing(made.deltas()) as deltas:
+        async for delta in deltas:
+            results[delta.index].add(delta)
+    return results

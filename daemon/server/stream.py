@@ -1,0 +1,123 @@
+"""A generation as a stream of OpenAI's chunks.
+
+A chunk is mostly the same bytes each time, so those are made once per stream, and a token costs
+the encoding of its text and one write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, aclosing
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+from aiohttp import web
+
+from quantd.daemon.errors import QuantdError
+from quantd.daemon.server.context import CONTEXT
+from quantd.daemon.server.errors import encode_error
+from quantd.daemon.server.generate import Generation
+from quantd.daemon.server.middleware import unexpected
+from quantd.daemon.server.sampling import Options
+from quantd.daemon.server.sse import DONE, EventStream, event
+
+if TYPE_CHECKING:
+    from quantd.daemon.server.choice import Delta
+
+
+class Chunks(Protocol):
+    """How one API writes deltas down."""
+
+    def encode(self, delta: Delta) -> bytes:
+        """Whole events, maybe none."""
+        ...
+
+    def end(self) -> bytes: ...
+
+
+async def stream_generation(
+    request: web.Request,
+    running: AbstractAsyncContextManager[Generation],
+    chunks_of: Callable[[Generation], Chunks],
+) -> web.StreamResponse:
+    """Before the first byte an error is raised and becomes a status; after it, an event."""
+    context = request.app[CONTEXT]
+    async with EventStream(request, context.clock, context.settings.keepalive_seconds) as events:
+        try:
+            async with running as made, aclosing(made.deltas()) as deltas:
+                chunks = chunks_of(made)
+                async for delta in deltas:
+                    data = chunks.encode(delta)
+                    if delta.finish_reason is not None and made.is_finished:
+                        data += chunks.end()
+                    if data:
+                        await events.write(data)
+        except ConnectionError:
+            raise
+        except Exception as error:
+            if not events.started:
+                raise
+            known = error if isinstance(error, QuantdError) else unexpected(request, error)
+            await events.write(event(encode_error(known)) + DONE)
+        return await events.finish()
+
+
+def token_ids(options: Options, delta: Delta) -> list[int] | msgspec.UnsetType:
+    """The ids behind the text, with the stop token's; for who asked for them."""
+    if not options.return_token_ids:
+        return msgspec.UNSET
+    return [entry.token for entry in delta.entries]
+
+
+class ChunkTemplate:
+    """The constant bytes around what changes from chunk to chunk."""
+
+    def __init__(self, made: Generation, kind: str) -> None:
+        encode = msgspec.json.encode
+        self._made = made
+        self._head = b'data: {"id":%b,"object":%b,"created":%d,"model":%b' % (
+            encode(made.id),
+            encode(kind),
+            made.created,
+            encode(made.model),
+        )
+        if made.options.service_tier is not None:
+            self._head += b',"service_tier":' + encode(made.options.service_tier)
+        self._head += b',"choices":['
+        self._starts = [self._head + b'{"index":%d,' % i for i in range(len(made.choices))]
+        self._tail = b'],"usage":null}\n\n' if made.options.include_usage else b"]}\n\n"
+        self._plain = b',"logprobs":null,"finish_reason":null}' + self._tail
+
+    def chunk(
+        self, index: int, content: bytes, logprobs: bytes = b"null", extra: bytes = b""
+    ) -> bytes:
+        """`content` and `extra` are members of the choice; `extra` begins with its comma."""
+        if logprobs == b"null" and not extra:
+            return self._starts[index] + content + self._plain
+        return b'%b%b,"logprobs":%b,"finish_reason":null%b}%b' % (
+            self._starts[index],
+            content,
+            logprobs,
+            extra,
+            self._tail,
+        )
+
+    def finish(self, content: bytes, delta: Delta) -> bytes:
+        return b'%b%b,"logprobs":null,"finish_reason":"%b","stop_reason":%b}%b' % (
+            self._starts[delta.index],
+            content,
+            (delta.finish_reason or "").encode(),
+            msgspec.json.encode(delta.stop_reason),
+            self._tail,
+        )
+
+    def token_ids(self, delta: Delta) -> bytes:
+        """For `extra`: empty unless the caller asked for ids."""
+        ids = token_ids(self._made.options, delta)
+        return b"" if ids is msgspec.UNSET else b',"token_ids":' + msgspec.json.encode(ids)
+
+    def end(self) -> bytes:
+        if not self._made.options.include_usage:
+            return DONE
+        usage = msgspec.json.encode(self._made.usage())
+        return self._head + b'],"usage":' + usage + b"}\n\n" + DONE

@@ -1,0 +1,200 @@
+"""The text side of one model: its tokenizer, its special tokens, its chat template.
+
+Immutable after `load`; all methods may be called from any thread. Encoding a long text and
+rendering a long chat take their time and belong in a thread; the rest is for the event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantd.daemon.errors import ModelRefused, RequestError
+from quantd.daemon.text.chat_template import ChatTemplate
+from quantd.daemon.text.checkpoint import TextFiles, read_text_files
+from quantd.daemon.text.detokenizer import detokenizer
+from quantd.daemon.text.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+class TextModel:
+    def __init__(
+        self, tokenizer: Tokenizer, files: TextFiles, max_context: int | None = None
+    ) -> None:
+        """Takes the tokenizer over and changes it: what files declare as added is added."""
+        _complete(tokenizer, files)
+        self._tokenizer = tokenizer
+        self.vocabulary = Vocabulary(tokenizer)
+        named = files.named_tokens
+        self.bos_token_id = self._id(named.get("bos_token"), files.bos_token_id)
+        eos = self._id(named.get("eos_token"), None)
+        self.eos_token_ids = tuple(
+            dict.fromkeys([*files.eos_token_ids, *([] if eos is None else [eos])])
+        )
+        self.max_context = max_context if max_context is not None else files.max_context
+        self._explicit_ends = _explicit_ends(files, self.bos_token_id, eos)
+        self._templates = {
+            name: ChatTemplate(source, named) for name, source in files.chat_templates.items()
+        }
+
+    @classmethod
+    def load(cls, path: Path, max_context: int | None = None) -> TextModel:
+        """Blocking. Raises ModelRefused that names the file and what is wrong with it.
+
+        max_context: None takes what config.json says.
+        """
+        from tokenizers import Tokenizer
+
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            raise ModelRefused(f"{path} has no tokenizer.json")
+        files = read_text_files(path)
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise ModelRefused(f"{file} cannot be read: {error}") from error
+        return cls(tokenizer, files, max_context)
+
+    @property
+    def vocab_size(self) -> int:
+        """Every id that the tokenizer knows is below; the model's output layer may be wider."""
+        return self.vocabulary.size
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._templates)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """add_special_tokens: BOS and EOS as the model's tokenizer adds them. Special tokens
+        that are written out in the text become their ids either way."""
+        adds_by_processor = add_special_tokens and self._explicit_ends is None
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=adds_by_processor)
+        except TypeError:
+            _refuse_surrogates(text)
+            raise
+        ids: list[int] = encoding.ids
+        if add_special_tokens and self._explicit_ends is not None:
+            before, after = self._explicit_ends
+            return [*before, *ids, *after]
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of a whole sequence; equals the concatenated deltas of OutputText."""
+        stream = detokenizer(self.vocabulary, skip_special_tokens=skip_special_tokens)
+        return "".join([*map(stream.feed, ids), stream.flush()])
+
+    def token_text(self, token: int) -> str:
+        """One token as text, as it stands inside a text; U+FFFD for bytes of a character."""
+        return self.token_bytes(token).decode("utf-8", "replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The exact bytes of one token; empty for an id that the tokenizer does not know."""
+        return self.vocabulary.piece(token)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """The prompt's text. kwargs (documents, chat_template_kwargs) are variables for the
+        template. Raises RequestError with a param for what the caller can mend."""
+        template = self._templates.get("default")
+        if tools:
+            template = self._templates.get("tool_use", template)
+        if template is None:
+            raise RequestError(
+                "this model has no chat template: send a plain prompt to /v1/completions",
+                param="messages",
+            )
+        return template.render(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=kwargs,
+        )
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **kwargs: Any,
+    ) -> list[int]:
+        """The prompt's tokens. Special tokens are what the template writes and no others, as in
+        transformers' apply_chat_template, so BOS never comes twice."""
+        text = self.render_chat(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **kwargs,
+        )
+        return self.encode(text, add_special_tokens=False)
+
+    def _id(self, token: str | None, otherwise: int | None) -> int | None:
+        known: int | None = None if token is None else self._tokenizer.token_to_id(token)
+        return otherwise if known is None else known
+
+
+def _refuse_surrogates(text: str) -> None:
+    """JSON can write halves of a UTF-16 pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the text is not valid Unicode: a lone surrogate at character {error.start}"
+        ) from error
+
+
+def _complete(tokenizer: Tokenizer, files: TextFiles) -> None:
+    """Make the tokenizer what its folder describes: the tokens that tokenizer_config.json adds or
+    marks as special, and no truncation or padding, which some tokenizer.json ask for."""
+    from tokenizers import AddedToken
+
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    known = tokenizer.get_added_tokens_decoder()
+    for token in files.added_tokens:
+        if token.id in known and known[token.id].special == token.special:
+            continue
+        flags = AddedToken(
+            token.content,
+            single_word=token.single_word,
+            lstrip=token.lstrip,
+            rstrip=token.rstrip,
+            normalized=token.normalized,
+            special=token.special,
+        )
+        add = tokenizer.add_special_tokens if token.special else tokenizer.add_tokens
+        add([flags])
+        if tokenizer.token_to_id(token.content) != token.id:
+            raise ModelRefused(
+                f"tokenizer_config.json gives {token.content!r} the id {token.id}, but in "
+                f"tokenizer.json it would be {tokenizer.token_to_id(token.content)}"
+            )
+    named = [*files.named_tokens.values(), *files.extra_special_tokens]
+    # A named token that the vocabulary lacks would get an id beyond the model's.
+    tokenizer.add_special_tokens([t for t in named if tokenizer.token_to_id(t) is not None])
+
+
+def _explicit_ends(
+    files: TextFiles, bos: int | None, eos: int | None
+) -> tuple[list[int], list[int]] | None:
+    """What add_special_tokens puts before and after when tokenizer_config.json says so itself,
+    which wins over tokenizer.json's post-processor, as in transformers 5."""
+    if files.add_bos_token is None and files.add_eos_token is None:
+        return None
+    before = [bos] if files.add_bos_token and bos is not None else []
+    after = [eos] if files.add_eos_token and eos is not None else []
+    return before, after
