@@ -1,0 +1,22 @@
+"""The specifications: each operation in plain torch, on any device, correct before fast."""
+
+from quantd.kernels.reference.activation import Activation, act_and_mul
+from quantd.kernels.reference.attention import paged_attention
+from quantd.kernels.reference.cache import copy_blocks, write_kv
+from quantd.kernels.reference.linear import linear
+from quantd.kernels.reference.norm import add_rms_norm, rms_norm
+from quantd.kernels.reference.rotary import rotary
+from quantd.kernels.reference.routing import route_experts
+
+__all__ = [
+    "Activation",
+    "act_and_mul",
+    "add_rms_norm",
+    "copy_blocks",
+    "linear",
+    "paged_attention",
+    "rms_norm",
+    "rotary",
+    "route_experts",
+    "write_kv",
+]

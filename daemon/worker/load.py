@@ -1,0 +1,137 @@
+"""LoadModel to a model that can run: the worker's composition root."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quantd.daemon.types import BLOCK_TOKENS, LoadModel, LoadProgress, ModelInfo
+from quantd.daemon.worker.dummy import DummySource
+from quantd.daemon.worker.loader import (
+    Progress,
+    Refused,
+    choose,
+    count_quantizers,
+    load_weights,
+    read_json,
+)
+from quantd.daemon.worker.machine import physical_cores
+from quantd.daemon.worker.memory import KvPools, allocate
+from quantd.daemon.worker.models.config import ModelConfig
+from quantd.daemon.worker.models.decoder import Decoder
+from quantd.daemon.worker.models.families import read_config
+from quantd.daemon.worker.models.names import dense_shapes, model_tensors
+from quantd.daemon.worker.source import SafetensorsSource
+from quantd.daemon.worker.vocabulary import sampled_vocab_size
+from quantd.kernels import ops
+from quantd.plugins.api import TensorSource
+from quantd.plugins.select import Registry, parse_rules
+
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Everything that a step needs."""
+
+    decoder: Decoder
+    pools: KvPools
+    device: torch.device
+    info: ModelInfo
+
+
+def load_model(load: LoadModel, progress: Progress) -> Model:
+    """Raises Refused when loading again cannot help."""
+    started = time.perf_counter()
+    folder = Path(load.path)
+    progress(LoadProgress("checking", 0, 0))
+    raw = read_json(folder, "config.json")
+    config = read_config(raw)
+    device = _device(load.device)
+    max_context = _max_context(load.max_context, config)
+    ops.set_num_threads(load.threads or physical_cores())
+    source: TensorSource
+    if load.load_format == "dummy":
+        dtype = _dtype(load.dtype, config.dtype or "bfloat16")
+        tensors = model_tensors(config, dtype)
+        shapes = dense_shapes(tensors, config)
+        source = DummySource(raw, shapes, dtype, norm=1.0 - config.norm_offset)
+    else:
+        source = SafetensorsSource(folder, raw)
+        dtype = _dtype(load.dtype, config.dtype or _stored_dtype(source))
+        tensors = model_tensors(config, dtype, source.names())
+    registry = Registry()
+    choices = choose(config, source, tensors, device, registry, parse_rules(load.quantization))
+    vocab_size = sampled_vocab_size(folder, config.vocab_size)
+    weights = load_weights(config, source, tensors, choices, device, progress)
+    pools = allocate(config, dtype, device, load.kv_bytes, max_context)
+    info = ModelInfo(
+        architecture=config.architecture,
+        num_parameters=weights.num_parameters,
+        weight_bytes=weights.nbytes,
+        vocab_size=vocab_size,
+        max_context=max_context,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        block_bytes=pools.block_bytes,
+        num_blocks=pools.num_blocks,
+        seconds=time.perf_counter() - started,
+        quantizers=count_quantizers(choices),
+        notes=(*ops.notes(), *registry.warnings, *_pool_notes(pools, max_context)),
+    )
+    return Model(Decoder(config, weights, dtype, max_context), pools, device, info)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise Refused(f"device = {name!r}, must be auto, cpu or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise Refused(f"device = {name!r}, must be auto, cpu or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise Refused(f"device = {name!r}, but this machine has {count} CUDA devices")
+    return device
+
+
+def _max_context(wanted: int | None, config: ModelConfig) -> int:
+    if wanted is None:
+        return config.default_context
+    if wanted > config.context_limit:
+        raise Refused(f"max_context = {wanted}, but the checkpoint ends at {config.context_limit}")
+    return wanted
+
+
+def _dtype(wanted: str, checkpoint: str) -> torch.dtype:
+    """Of activations, weights that are not quantized, and the KV pools."""
+    name = checkpoint if wanted == "auto" else wanted
+    if name not in _DTYPES:
+        raise Refused(f"dtype is {name!r}, must be bfloat16, float16 or float32")
+    return _DTYPES[name]
+
+
+def _stored_dtype(source: TensorSource) -> str:
+    """For a config.json that does not say; norms are never quantized."""
+    norms = (source.dtype(name) for name in source.names() if name.endswith("norm.weight"))
+    return next(norms, "absent")
+
+
+def _pool_notes(pools: KvPools, max_context: int) -> tuple[str, ...]:
+    tokens = pools.num_blocks * BLOCK_TOKENS
+    if tokens >= max_context:
+        return ()
+    return (f"the KV pool holds {tokens} tokens, less than the context of {max_context}",)

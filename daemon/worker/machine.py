@@ -1,0 +1,83 @@
+"""What the process may use of its machine: memory and cores, inside whatever cgroup holds it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
+_TOPOLOGY = Path("/sys/devices/system/cpu")
+
+
+def available_memory() -> int:
+    """Bytes that could be taken now without swapping."""
+    available = _meminfo("MemAvailable")
+    for folder in _cgroups():
+        limit, used = _number(folder / "memory.max"), _number(folder / "memory.current")
+        if limit is not None and used is not None:
+            available = min(available, max(0, limit - used + _page_cache(folder)))
+    return available
+
+
+def physical_cores() -> int:
+    """Cores that the process may run on, siblings counted once: two threads of a core share its
+    arithmetic units, and a matrix product keeps them busy with one."""
+    mine = os.sched_getaffinity(0)
+    siblings = {_read(_TOPOLOGY / f"cpu{cpu}/topology/thread_siblings_list", cpu) for cpu in mine}
+    return max(1, min([len(siblings), *_quotas()]))
+
+
+def _meminfo(key: str) -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == key:
+            return int(value.split()[0]) * 1024
+    raise OSError(f"/proc/meminfo has no {key}")
+
+
+def _read(path: Path, cpu: int) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return str(cpu)
+
+
+def _quotas() -> list[int]:
+    """Whole cores by the cgroups' quotas, if any."""
+    quotas = []
+    for folder in _cgroups():
+        try:
+            quota, period = (folder / "cpu.max").read_text().split()
+            quotas.append(max(1, int(quota) // int(period)))
+        except (OSError, ValueError):  # absent, or "max"
+            continue
+    return quotas
+
+
+def _cgroups() -> list[Path]:
+    """This process's cgroup (version 2) and those above it."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    own = next((line[3:] for line in lines if line.startswith("0::")), None)
+    if own is None:
+        return []
+    folder = _CGROUP / own.strip("/")
+    return [folder, *(path for path in folder.parents if path.is_relative_to(_CGROUP))]
+
+
+def _page_cache(folder: Path) -> int:
+    """Bytes that the kernel counts as the cgroup's and would give up when asked."""
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,82 @@
+"""The KV tensors of a model: one pool of keys and one of values for each layer.
+
+A pool is [num_blocks, kv_heads, 16, head_dim]. On a CPU it is reserved address space: the system
+gives a page when a block is first written, so a pool costs what was used of it, not its size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantd.daemon.types import BLOCK_TOKENS
+from quantd.daemon.worker.machine import available_memory
+from quantd.daemon.worker.models.config import ModelConfig
+from quantd.kernels import ops
+
+_DEFAULT_SEQUENCES = 8
+_DEFAULT_SHARE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class KvPools:
+    keys: tuple[Tensor, ...]
+    """One per layer."""
+    values: tuple[Tensor, ...]
+    num_blocks: int
+    block_bytes: int
+    """Of one block over all layers, keys and values."""
+
+    def copy(self, src: Tensor, dst: Tensor) -> None:
+        """Copies whole blocks, in every layer. src, dst int64 [n]."""
+        for keys, values in zip(self.keys, self.values, strict=True):
+            ops.copy_blocks(keys, values, src, dst)
+
+
+def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    per_token = 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+    return len(config.layers) * per_token * BLOCK_TOKENS
+
+
+def num_blocks(kv_bytes: int | None, bytes_per_block: int, max_context: int, available: int) -> int:
+    """The pool's budget in blocks.
+
+    With `kv_bytes`, that many bytes, and a MemoryError when the machine does not have them now.
+    Without, enough for eight sequences of the full context, but no more than a quarter of what is
+    available now, and at least one block.
+    """
+    if kv_bytes is not None:
+        if kv_bytes > available:
+            raise MemoryError(
+                f"kv_bytes is {kv_bytes}, more than the {available} bytes that are available"
+            )
+        if kv_bytes < bytes_per_block:
+            raise MemoryError(
+                f"kv_bytes is {kv_bytes}, less than the {bytes_per_block} bytes of one block"
+            )
+        return kv_bytes // bytes_per_block
+    wanted = _DEFAULT_SEQUENCES * -(-max_context // BLOCK_TOKENS)
+    return max(1, min(wanted, available // _DEFAULT_SHARE // bytes_per_block))
+
+
+def allocate(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    kv_bytes: int | None,
+    max_context: int,
+) -> KvPools:
+    bytes_per_block = block_bytes(config, dtype)
+    if device.type == "cuda":
+        available, _ = torch.cuda.mem_get_info(device)
+    else:
+        available = available_memory()
+    blocks = num_blocks(kv_bytes, bytes_per_block, max_context, available)
+    shape = (blocks, config.num_kv_heads, BLOCK_TOKENS, config.head_dim)
+
+    def pools() -> tuple[Tensor, ...]:
+        return tuple(torch.empty(shape, dtype=dtype, device=device) for _ in config.layers)
+
+    return KvPools(pools(), pools(), blocks, bytes_per_block)

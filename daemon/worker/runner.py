@@ -1,0 +1,196 @@
+"""StepPlan to StepResult: the mirror of the sequences, the batch as tensors, forward, sampling."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quantd.daemon.types import (
+    BLOCK_TOKENS,
+    Chunk,
+    LoadModel,
+    ModelInfo,
+    NewSequence,
+    PromptLogprobs,
+    Sampled,
+    StepPlan,
+    StepResult,
+    TokenLogprob,
+)
+from quantd.daemon.worker.load import Model, load_model
+from quantd.daemon.worker.loader import Progress
+from quantd.daemon.worker.sampler import Sampler, SampleRow
+from quantd.kernels import ops
+
+_LOGIT_ROWS = 64
+"""Rows of the output layer at once for prompt log-probabilities: 16 MB in bfloat16 at a
+vocabulary of 128k, where a whole prompt's would be gigabytes."""
+
+
+class _Sequence:
+    """The worker's copy of what the scheduler knows: tokens and block table."""
+
+    __slots__ = ("blocks", "num_blocks", "row")
+
+    def __init__(self, new: NewSequence) -> None:
+        self.row = SampleRow(new.seq, new.sampling, list(new.tokens), new.num_prompt_tokens)
+        self.blocks: NDArray[np.int32] = np.zeros(16, np.int32)
+        self.num_blocks = 0
+
+    def extend(self, blocks: tuple[int, ...]) -> None:
+        stop = self.num_blocks + len(blocks)
+        if stop > len(self.blocks):
+            self.blocks = np.concatenate((self.blocks, np.zeros(stop, np.int32)))
+        self.blocks[self.num_blocks : stop] = blocks
+        self.num_blocks = stop
+
+
+@dataclass(slots=True)
+class _Logprobs:
+    """The rows of one chunk that predict prompt tokens."""
+
+    sequence: _Sequence
+    start: int
+    """Position of the first token that is predicted."""
+    tokens: list[int]
+    index: int = 0
+    """Of its first row among the rows that are asked for."""
+
+
+class _Wanted:
+    """Which rows of the batch need hidden states, in order, and what for."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self.sampled: list[int] = []
+        """Indices into `rows`."""
+        self.sequences: list[_Sequence] = []
+        """As many as `sampled`."""
+        self.logprobs: list[_Logprobs] = []
+
+    def add(self, sequence: _Sequence, chunk: Chunk, first_row: int) -> None:
+        row = sequence.row
+        if row.sampling.prompt_logprobs is not None and chunk.start < row.num_prompt_tokens - 1:
+            stop = min(chunk.stop, row.num_prompt_tokens - 1)
+            tokens = row.tokens[chunk.start + 1 : stop + 1]
+            wanted = _Logprobs(sequence, chunk.start + 1, tokens, len(self.rows))
+            self.logprobs.append(wanted)
+            self.rows += range(first_row, first_row + stop - chunk.start)
+        if chunk.sample:
+            last = first_row + chunk.stop - chunk.start - 1
+            if not self.rows or self.rows[-1] != last:
+                self.rows.append(last)
+            self.sampled.append(len(self.rows) - 1)
+            self.sequences.append(sequence)
+
+
+class Runner:
+    """One loaded model. Plans are executed strictly in order, from one thread."""
+
+    def __init__(self, load: LoadModel, on_progress: Progress) -> None:
+        self._model: Model = load_model(load, on_progress)
+        self._sampler = Sampler(self._model.info.vocab_size)
+        self._sequences: dict[int, _Sequence] = {}
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._model.info
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Runs one step. Whatever it raises is a bug or a broken machine: the mirror is then no
+        longer that of the scheduler, and the worker has to end."""
+        started = time.perf_counter()
+        for seq in plan.drop:
+            self._sequences.pop(seq, None)
+        for new in plan.add:
+            assert new.seq not in self._sequences, f"sequence {new.seq} is known already"
+            self._sequences[new.seq] = _Sequence(new)
+        if plan.copies:
+            assert all(copy.kind == "cow" for copy in plan.copies), "only copies within the pool"
+            self._model.pools.copy(
+                self._tensor(np.array([copy.src for copy in plan.copies], np.int64)),
+                self._tensor(np.array([copy.dst for copy in plan.copies], np.int64)),
+            )
+        sampled: list[Sampled] = []
+        logprobs: tuple[PromptLogprobs, ...] = ()
+        if plan.chunks:
+            sampled, logprobs = self._run(plan.chunks)
+        seconds = time.perf_counter() - started
+        return StepResult(plan.step, tuple(sampled), logprobs, seconds)
+
+    def _run(self, chunks: tuple[Chunk, ...]) -> tuple[list[Sampled], tuple[PromptLogprobs, ...]]:
+        tokens, batch, stop, wanted = self._batch(chunks)
+        decoder = self._model.decoder
+        every = len(wanted.rows) == len(tokens)
+        rows = None if every else self._tensor(np.array(wanted.rows, np.int64))
+        hidden = decoder.forward(tokens, batch, stop, self._model.pools, rows)
+        logprobs = tuple(self._prompt_logprobs(item, hidden) for item in wanted.logprobs)
+        if not wanted.sampled:
+            return [], logprobs
+        if len(wanted.sampled) < len(wanted.rows):
+            hidden = hidden.index_select(0, self._tensor(np.array(wanted.sampled, np.int64)))
+        logits = decoder.logits(hidden)
+        sampled = self._sampler.sample(logits, [sequence.row for sequence in wanted.sequences])
+        for sequence, result in zip(wanted.sequences, sampled, strict=True):
+            # Also after an error: the next plan, made before this one's end, may run the sequence.
+            sequence.row.tokens.append(result.token)
+        return sampled, logprobs
+
+    def _batch(self, chunks: tuple[Chunk, ...]) -> tuple[Tensor, ops.AttentionBatch, int, _Wanted]:
+        """(tokens [T], the batch, a position above all of its, the rows that are asked for)."""
+        lengths = [chunk.stop - chunk.start for chunk in chunks]
+        total, count = sum(lengths), len(chunks)
+        tokens, positions, slots = (np.empty(total, np.int64) for _ in range(3))
+        starts, kv_lens = np.zeros(count + 1, np.int32), np.empty(count, np.int32)
+        wanted, sequences, row = _Wanted(), [], 0
+        for i, (chunk, length) in enumerate(zip(chunks, lengths, strict=True)):
+            sequence = self._sequences[chunk.seq]
+            sequence.extend(chunk.blocks)
+            known = sequence.row.tokens
+            assert 0 <= chunk.start < chunk.stop <= len(known), f"{chunk} of {len(known)} tokens"
+            assert chunk.stop <= sequence.num_blocks * BLOCK_TOKENS, f"{chunk} has no block"
+            assert not chunk.sample or chunk.stop == len(known), f"{chunk} would overwrite a token"
+            stop_row = row + length
+            tokens[row:stop_row] = known[chunk.start : chunk.stop]
+            at = np.arange(chunk.start, chunk.stop)
+            positions[row:stop_row] = at
+            blocks = sequence.blocks[at // BLOCK_TOKENS].astype(np.int64)
+            slots[row:stop_row] = blocks * BLOCK_TOKENS + at % BLOCK_TOKENS
+            wanted.add(sequence, chunk, row)
+            sequences.append(sequence)
+            row = stop_row
+            starts[i + 1], kv_lens[i] = row, chunk.stop
+        stop = max(chunk.stop for chunk in chunks)
+        table = np.zeros((count, -(-stop // BLOCK_TOKENS)), np.int32)
+        for i, sequence in enumerate(sequences):
+            used = -(-chunks[i].stop // BLOCK_TOKENS)
+            table[i, :used] = sequence.blocks[:used]
+        batch = ops.AttentionBatch(
+            self._tensor(starts),
+            self._tensor(kv_lens),
+            self._tensor(table),
+            self._tensor(slots),
+            self._tensor(positions),
+        )
+        return self._tensor(tokens), batch, stop, wanted
+
+    def _prompt_logprobs(self, wanted: _Logprobs, hidden: Tensor) -> PromptLogprobs:
+        k = wanted.sequence.row.sampling.prompt_logprobs
+        assert k is not None
+        entries: list[TokenLogprob] = []
+        for start in range(0, len(wanted.tokens), _LOGIT_ROWS):
+            tokens = wanted.tokens[start : start + _LOGIT_ROWS]
+            first = wanted.index + start
+            logits = self._model.decoder.logits(hidden[first : first + len(tokens)])
+            entries += self._sampler.prompt_logprobs(logits, tokens, k)
+        return PromptLogprobs(wanted.sequence.row.seq, wanted.start, tuple(entries))
+
+    def _tensor(self, array: NDArray[np.int32] | NDArray[np.int64]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self._model.device.type == "cpu" else tensor.to(self._model.device)

@@ -1,0 +1,117 @@
+"""Linear layers on the CPU: packed weights, and which route multiplies them.
+
+| route  | dtypes                    | what it is                                                |
+|--------|---------------------------|-----------------------------------------------------------|
+| onednn | bfloat16                  | oneDNN with prepacked weights, private operations of torch |
+| native | float32, float16          | csrc/matmul.h, accumulates in fp32 in one fixed order     |
+| torch  | whatever is left          | F.linear on the plain weight                              |
+
+Without the native library float32 goes through oneDNN too; without oneDNN bfloat16 is native.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from quantd.kernels.cpu.library import Library, open_library
+from quantd.kernels.cpu.native import DTYPES, Native, pack_panels, unpack_panels
+
+
+@dataclass(frozen=True, slots=True)
+class LinearWeight:
+    """A weight in the form its route wants. Opaque: made by pack_linear, read by linear."""
+
+    data: torch.Tensor
+    shape: tuple[int, int]
+    """(out_features, in_features)"""
+    dtype: torch.dtype
+    route: str
+    """onednn, native or torch."""
+    nbytes: int
+    """Memory held, padding included."""
+
+
+@cache
+def native() -> Native | None:
+    """The native operations at the best level of this machine, or None."""
+    library = open_library()
+    return Native(library, library.best_level) if isinstance(library, Library) else None
+
+
+@cache
+def onednn_problem(dtype: torch.dtype) -> str | None:
+    """Why oneDNN's prepacked route is not usable for this dtype, or None when it is.
+
+    The operations are private to torch, so their presence and their numbers are tried once.
+    """
+    weight = torch.linspace(-1, 1, 32 * 48).to(dtype).view(32, 48)
+    x = torch.linspace(-2, 2, 3 * 48).to(dtype).view(3, 48)
+    want = x.float() @ weight.float().T
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        got = _onednn_linear(x, packed, None)
+        exact = torch.equal(packed.to_dense(), weight)
+    except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
+        return f"torch.ops.mkldnn does not work: {error}"
+    if not exact or not torch.allclose(got.float(), want, rtol=2e-2, atol=2e-2):
+        return "torch.ops.mkldnn gives wrong numbers"
+    return None
+
+
+def pack_linear(weight: torch.Tensor) -> LinearWeight:
+    """weight [N, K] in the form of its dtype's route. Not mutated; the caller may free it
+    afterwards, so while a model loads one layer at most is held twice."""
+    n, k = weight.shape
+    route = _route(weight)
+    data = weight
+    if route == "onednn":
+        data = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+    elif route == "native":
+        data = pack_panels(weight.contiguous())
+    nbytes = data.nbytes if route == "native" else n * k * weight.element_size()
+    return LinearWeight(data, (n, k), weight.dtype, route, nbytes)
+
+
+def unpack_linear(w: LinearWeight) -> torch.Tensor:
+    """The weight [N, K] as it was packed, exactly. May be the weight's own memory: read only."""
+    if w.route == "onednn":
+        return w.data.to_dense()
+    return unpack_panels(w.data, w.shape[0]) if w.route == "native" else w.data
+
+
+def linear(x: torch.Tensor, w: LinearWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [T, K] times w transposed plus bias [N] -> [T, N], all of w's dtype, fp32 inside."""
+    if x.shape[0] == 0:
+        return x.new_empty((0, w.shape[0]))
+    if w.route == "onednn":
+        # oneDNN sums a single row in another order than the same row among others: a lone row is
+        # computed as two, which costs nothing where the weight's bytes are what takes time.
+        if x.shape[0] == 1:
+            return _onednn_linear(x.expand(2, -1).contiguous(), w.data, bias)[:1]
+        return _onednn_linear(x, w.data, bias)
+    if w.route == "native":
+        lib = native()
+        assert lib is not None
+        return lib.linear(x, w.data, w.shape[0], bias)
+    return F.linear(x, w.data, bias)
+
+
+def _onednn_linear(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return out
+
+
+def _route(weight: torch.Tensor) -> str:
+    if weight.device.type != "cpu" or weight.dtype not in DTYPES:
+        return "torch"
+    if weight.dtype == torch.bfloat16 and onednn_problem(weight.dtype) is None:
+        return "onednn"
+    if native() is not None:
+        return "native"
+    if weight.dtype == torch.float32 and onednn_problem(weight.dtype) is None:
+        return "onednn"
+    return "torch"

@@ -1,0 +1,157 @@
+"""The one door to the operations that the model runner needs.
+
+Every operation has its specification in `kernels/reference`, in plain torch; what each takes, gives
+and mutates is written there. This module picks the fastest right implementation for the tensors:
+the native library (kernels/cpu) for float32, bfloat16 and float16 on a CPU, the specification for
+all else. Tensors are contiguous unless a docstring says otherwise.
+"""
+
+import torch
+
+from quantd.kernels import reference
+from quantd.kernels.batch import BLOCK_SIZE, AttentionBatch
+from quantd.kernels.cpu.library import Library, open_library
+from quantd.kernels.cpu.linear import (
+    LinearWeight,
+    linear,
+    native,
+    onednn_problem,
+    pack_linear,
+    unpack_linear,
+)
+from quantd.kernels.cpu.native import DTYPES, Native
+from quantd.kernels.reference import Activation, copy_blocks, route_experts
+
+__all__ = [
+    "BLOCK_SIZE",
+    "Activation",
+    "AttentionBatch",
+    "LinearWeight",
+    "act_and_mul",
+    "add_rms_norm",
+    "copy_blocks",
+    "linear",
+    "notes",
+    "num_threads",
+    "pack_linear",
+    "paged_attention",
+    "rms_norm",
+    "rotary",
+    "rotary_write_kv",
+    "route_experts",
+    "set_num_threads",
+    "unpack_linear",
+    "write_kv",
+]
+
+
+def _native(x: torch.Tensor) -> Native | None:
+    return native() if x.is_cpu and x.dtype in DTYPES else None
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [..., H], weight fp32 [H]. x may be a view [T, heads, H] of a fused buffer."""
+    lib = _native(x)
+    if lib is None:
+        return reference.rms_norm(x, weight, eps)
+    return lib.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """residual += x in place; returns rms_norm of that sum."""
+    lib = _native(x)
+    if lib is None:
+        return reference.add_rms_norm(x, residual, weight, eps)
+    return lib.add_rms_norm(x, residual, weight, eps)
+
+
+def act_and_mul(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """activation(gate) * up of gate_up [T, 2I] -> [T, I]."""
+    lib = _native(gate_up)
+    if lib is None:
+        return reference.act_and_mul(gate_up, activation)
+    return lib.act_and_mul(gate_up, activation)
+
+
+def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotates q [T, Hq, D] and k [T, Hkv, D] in place; views with a contiguous last dimension."""
+    lib = _native(q)
+    if lib is None:
+        return reference.rotary(q, k, cos, sin)
+    return lib.rotary_write_kv(q, k, k, cos, sin, None, None, None)
+
+
+def write_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    """Stores k and v [T, Hkv, D], views or not, at slots of the pools [blocks, Hkv, 16, D]."""
+    lib = _native(k)
+    if lib is None:
+        return reference.write_kv(k, v, k_pool, v_pool, slots)
+    return lib.rotary_write_kv(k, k, v, None, None, k_pool, v_pool, slots)
+
+
+def rotary_write_kv(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    """rotary(q, k, cos, sin), in place, then write_kv of the rotated k and of v, in one pass."""
+    lib = _native(q)
+    if lib is None:
+        reference.rotary(q, k, cos, sin)
+        return reference.write_kv(k, v, k_pool, v_pool, slots)
+    return lib.rotary_write_kv(q, k, v, cos, sin, k_pool, v_pool, slots)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Causal attention of q [T, Hq, D], a view or not, over the pools -> [T, Hq, D]."""
+    lib = _native(q)
+    if lib is None or q.shape[2] % 16:
+        return reference.paged_attention(q, k_pool, v_pool, batch, scale, window, softcap, sinks)
+    return lib.paged_attention(q, k_pool, v_pool, batch, scale, window, softcap, sinks)
+
+
+def notes() -> tuple[str, ...]:
+    """Which fast routes this machine lacks, and why; for the log and the API."""
+    found = []
+    library = open_library()
+    if not isinstance(library, Library):
+        found.append(f"native CPU library not used, operations run in plain torch: {library}")
+    elif not library.has_threads:
+        found.append("native CPU library runs on one thread: torch's OpenMP was not found")
+    problem = onednn_problem(torch.bfloat16)
+    if problem is not None:
+        found.append(f"bfloat16 linear layers do without oneDNN's packed weights: {problem}")
+    return tuple(found)
+
+
+def set_num_threads(n: int) -> None:
+    """Threads for all operations of this process, torch's own included."""
+    if n < 1:
+        raise ValueError(f"num_threads is {n}, must be at least 1")
+    torch.set_num_threads(n)
+
+
+def num_threads() -> int:
+    return torch.get_num_threads()

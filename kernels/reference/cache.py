@@ -1,0 +1,27 @@
+"""Writes into the KV pools in plain torch: the specification. A pool is [blocks, Hkv, 16, D]."""
+
+import torch
+
+from quantd.kernels.batch import BLOCK_SIZE
+
+
+def write_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    """Stores row t of k and v [T, Hkv, D] at slots[t] of the pools. Slots must be distinct."""
+    blocks, offsets = slots // BLOCK_SIZE, slots % BLOCK_SIZE
+    k_pool[blocks, :, offsets] = k
+    v_pool[blocks, :, offsets] = v
+
+
+def copy_blocks(
+    k_pool: torch.Tensor, v_pool: torch.Tensor, src: torch.Tensor, dst: torch.Tensor
+) -> None:
+    """Copies block src[i] to block dst[i] in both pools, as if all at once: every source is read
+    before any destination is written. src, dst int64 [n]; the destinations must be distinct."""
+    k_pool[dst] = k_pool[src]
+    v_pool[dst] = v_pool[src]

@@ -1,0 +1,87 @@
+"""Weights as they are: bfloat16, float16 and float32, over `kernels.ops.pack_linear`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from quantd.kernels import ops
+from quantd.plugins.api import LinearSpec, QuantLinear, TensorSource
+
+_STORED = frozenset({"BF16", "F16", "F32"})
+
+
+class DenseLinear:
+    """One packed weight, and a bias or none."""
+
+    __slots__ = ("_bias", "_weight")
+
+    def __init__(self, weight: ops.LinearWeight, bias: Tensor | None) -> None:
+        self._weight = weight
+        self._bias = bias
+
+    @property
+    def nbytes(self) -> int:
+        return self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self._weight, self._bias)
+
+    def dequantize(self) -> Tensor:
+        return ops.unpack_linear(self._weight).clone()
+
+
+class DenseQuantizer:
+    """The unquantized format; converts to the spec's dtype while it loads."""
+
+    name = "dense"
+    api_version = 1
+
+    def claims(self, spec: LinearSpec, source: TensorSource) -> bool:
+        names = [f"{part}.weight" for part in spec.parts]
+        present = source.names()
+        return all(name in present and source.dtype(name) in _STORED for name in names)
+
+    def refuses(self, spec: LinearSpec, device: torch.device) -> str | None:
+        if not spec.dtype.is_floating_point:
+            return f"activations are {spec.dtype}, which is no floating point type"
+        return None
+
+    def tensors(self, spec: LinearSpec, source: TensorSource) -> Mapping[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for part, rows in zip(spec.parts, spec.part_rows, strict=True):
+            shapes[f"{part}.weight"] = (rows, spec.in_features)
+            if spec.bias:
+                shapes[f"{part}.bias"] = (rows,)
+        return shapes
+
+    def load(self, spec: LinearSpec, source: TensorSource, device: torch.device) -> QuantLinear:
+        stored = source.read(f"{spec.parts[0]}.weight")
+        if len(spec.parts) == 1:
+            weight = stored.to(device, spec.dtype)
+        else:
+            weight = torch.empty(
+                spec.out_features, spec.in_features, dtype=spec.dtype, device=device
+            )
+            _concatenate(spec, source, "weight", weight)
+        packed = ops.pack_linear(weight)
+        if packed.route == "torch" and weight is stored:
+            # This route keeps the tensor that it is given, which here is the mapped file.
+            packed = ops.pack_linear(weight.clone())
+        source.release(f"{spec.parts[0]}.weight")
+        bias = None
+        if spec.bias:
+            bias = torch.empty(spec.out_features, dtype=spec.dtype, device=device)
+            _concatenate(spec, source, "bias", bias)
+        return DenseLinear(packed, bias)
+
+
+def _concatenate(spec: LinearSpec, source: TensorSource, leaf: str, out: Tensor) -> None:
+    """Copies every part's tensor into its rows of `out`, and gives its pages back at once."""
+    row = 0
+    for part, rows in zip(spec.parts, spec.part_rows, strict=True):
+        out[row : row + rows].copy_(source.read(f"{part}.{leaf}"))
+        source.release(f"{part}.{leaf}")
+        row += rows

@@ -1,0 +1,151 @@
+"""Which quantizer takes a layer, and why the others did not.
+
+In this order: a rule of the configuration (a glob on the layer's name), what the checkpoint's
+tensors are, dense. Formats are found by the entry point group `quantd.quantizers` and imported only
+when a layer needs an answer from them: a checkpoint of plain weights imports none but dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib.metadata import EntryPoint, entry_points
+from typing import cast
+
+import torch
+
+from quantd.plugins.api import LinearSpec, Quantizer, Refused, TensorSource, api_version
+
+GROUP = "quantd.quantizers"
+_DENSE = "dense"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Layers whose name matches `pattern` (a glob) are `quantizer`'s; the first that matches."""
+
+    pattern: str
+    quantizer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The answer for one layer."""
+
+    layer: str
+    quantizer: Quantizer
+    reason: str
+    refusals: tuple[tuple[str, str], ...] = ()
+    """(quantizer, why it did not take the layer)"""
+
+
+class Registry:
+    """The installed formats by name; each is imported once, when it is first asked for.
+
+    `warnings` names those that are broken. A broken format is an error only for the model that a
+    rule gives to it, or that nothing else claims.
+    """
+
+    def __init__(self, points: Sequence[EntryPoint] | None = None) -> None:
+        found = entry_points(group=GROUP) if points is None else points
+        self._points = {point.name: point for point in found}
+        self._loaded: dict[str, Quantizer] = {}
+        self._broken: dict[str, str] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._points))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return tuple(self._broken.values())
+
+    def get(self, name: str) -> Quantizer | None:
+        """None when it is not installed or broken; `why_not` has the reason."""
+        if name not in self._loaded and name in self._points and name not in self._broken:
+            try:
+                self._loaded[name] = _instantiate(self._points[name])
+            except Exception as error:  # someone else's module may fail in any way
+                self._broken[name] = (
+                    f"quantizer {name!r} ({self._points[name].value}) could not be loaded: "
+                    f"{type(error).__name__}: {error}"
+                )
+        return self._loaded.get(name)
+
+    def why_not(self, name: str) -> str:
+        installed = ", ".join(self.names) or "none"
+        return self._broken.get(
+            name, f"no quantizer {name!r} is installed (installed: {installed})"
+        )
+
+
+def _instantiate(point: EntryPoint) -> Quantizer:
+    quantizer = cast(Quantizer, point.load()())
+    if quantizer.api_version != api_version:
+        raise TypeError(f"it has api_version {quantizer.api_version}, this is {api_version}")
+    if quantizer.name != point.name:
+        raise TypeError(f"it calls itself {quantizer.name!r}")
+    return quantizer
+
+
+def parse_rules(text: str) -> tuple[Rule, ...]:
+    """ "auto" (no rule), a quantizer's name (all layers), or "glob=name,glob=name"."""
+    if text in ("auto", ""):
+        return ()
+    rules = []
+    for item in text.split(","):
+        pattern, separator, name = item.strip().rpartition("=")
+        if not name or (separator and not pattern):
+            raise Refused(f"quantization = {text!r}: {item!r} is neither a name nor glob=name")
+        rules.append(Rule(pattern or "*", name))
+    return tuple(rules)
+
+
+def select(
+    spec: LinearSpec,
+    source: TensorSource,
+    device: torch.device,
+    registry: Registry,
+    rules: Sequence[Rule] = (),
+) -> Choice:
+    """Raises Refused, with every reason, when nobody takes the layer."""
+    for rule in rules:
+        if fnmatchcase(spec.name, rule.pattern):
+            return _by_rule(spec, device, registry, rule)
+    refusals: list[tuple[str, str]] = []
+    # Dense is asked first although it is the last resort: it claims plain weights only, for which
+    # the answer is certain and need not wait for an import of every other format.
+    for name in (_DENSE, *(name for name in registry.names if name != _DENSE)):
+        quantizer = registry.get(name)
+        if quantizer is None:
+            refusals.append((name, registry.why_not(name)))
+            continue
+        if not quantizer.claims(spec, source):
+            refusals.append((name, "the layer's tensors are not of this format"))
+            continue
+        reason = quantizer.refuses(spec, device)
+        if reason is None:
+            return Choice(spec.name, quantizer, "the checkpoint's tensors", tuple(refusals))
+        refusals.append((name, reason))
+    said = _said_by(source.config)
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals)
+    raise Refused(f"no quantizer takes the layer {spec.name}{said} ({reasons})")
+
+
+def _by_rule(spec: LinearSpec, device: torch.device, registry: Registry, rule: Rule) -> Choice:
+    why = f"the rule {rule.pattern}={rule.quantizer}"
+    quantizer = registry.get(rule.quantizer)
+    if quantizer is None:
+        raise Refused(f"{why} for the layer {spec.name}: {registry.why_not(rule.quantizer)}")
+    reason = quantizer.refuses(spec, device)
+    if reason is not None:
+        raise Refused(f"{why} cannot hold for the layer {spec.name}: {reason}")
+    return Choice(spec.name, quantizer, why)
+
+
+def _said_by(config: Mapping[str, object]) -> str:
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, Mapping) and "quant_method" in quantization:
+        return f", quant_method {quantization['quant_method']!r} by config.json"
+    return ""
