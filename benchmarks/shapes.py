@@ -25,6 +25,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 64,
         "rope_theta": 500000.0,
     },
+    # Tiny.
+    "T": {
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 512,
+        "vocab_size": 8192,
+        "head_dim": 32,
+        "rope_theta": 10000.0,
+    },
     # SmolLM2-360M: 0.36 B parameters.
     "S": {
         "hidden_size": 960,
@@ -57,6 +68,14 @@ def write_config(shape: str, folder: Path) -> dict[str, Any]:
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     _write_tokenizer(config["vocab_size"], folder)
     return config
+
+
+def write_tiny(folder: Path) -> None:
+    """A model too small to matter, with a chat template: for measuring what is around a model."""
+    write_config("T", folder)
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    settings = {"eos_token": "<|endoftext|>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def _write_tokenizer(vocab_size: int, folder: Path) -> None:
