@@ -4,8 +4,8 @@
     python benchmarks/overhead.py --json results/overhead.json
 
 The daemon is its real parts (HTTP face, text, engine, scheduler, frames, a worker process); only
-the worker does no work. The bare server is aiohttp on uvloop sending as many events of the same bytes
-without making them: the floor for this stack. CPU is the daemon's process alone.
+the worker does no work. The bare server is aiohttp on uvloop sending as many events of the same
+bytes without making them: the floor for this stack. CPU is the daemon's process alone.
 """
 
 from __future__ import annotations
