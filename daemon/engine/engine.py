@@ -96,6 +96,11 @@ class Engine:
         """Requests that are waiting or running."""
         return len(self._active)
 
+    @property
+    def has_ended(self) -> bool:
+        """The worker is gone or about to go; `submit` raises from now on."""
+        return self._ended
+
     def stats(self) -> EngineStats:
         counts = self._scheduler.counts()
         return EngineStats(

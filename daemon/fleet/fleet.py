@@ -15,8 +15,8 @@ from quantd.daemon.fleet.resident import (
     Loader,
     LoadText,
     StartExecutor,
-    load_text,
 )
+from quantd.daemon.text import TextModel
 
 _RETRY_SECONDS = 5.0
 """After which a daemon that shuts down may have a successor."""
@@ -35,7 +35,7 @@ class Fleet:
         start_executor: StartExecutor = WorkerExecutor.start,
         *,
         on_change: OnChange | None = None,
-        load_text: LoadText = load_text,
+        load_text: LoadText = TextModel.load,
         timing: Timing | None = None,
     ) -> None:
         """`on_change` is told of each change of a model's state and of its progress in loading."""

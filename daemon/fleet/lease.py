@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from quantd.daemon.engine.engine import Engine
 from quantd.daemon.fleet.resident import Resident
+from quantd.daemon.text import TextModel
 from quantd.daemon.types import ModelInfo
-
-if TYPE_CHECKING:
-    from quantd.daemon.text import TextModel
 
 
 class Lease:

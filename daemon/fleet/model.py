@@ -158,7 +158,11 @@ class Model:
         return Lease(self.name, resident, self._release)
 
     async def _wake(self) -> Resident:
-        while self._resident is None:
+        while self._resident is None or self._resident.engine.has_ended:
+            if self._resident is not None:
+                # It ended just now: `_live`, which waits for the same, sees it before us.
+                await asyncio.wait([self._resident.run])
+                continue
             if self._ending:
                 raise Unavailable("the daemon is shutting down")
             if self._state == "failed":

@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import structlog
 
@@ -18,10 +18,8 @@ from quantd.daemon.engine.metrics import EngineMetrics
 from quantd.daemon.errors import QuantdError, Unavailable
 from quantd.daemon.kv.pool import BlockPool
 from quantd.daemon.scheduler.scheduler import Scheduler
+from quantd.daemon.text import TextModel
 from quantd.daemon.types import LoadModel, ModelInfo
-
-if TYPE_CHECKING:
-    from quantd.daemon.text import TextModel
 
 _log = structlog.get_logger("quantd.fleet")
 
@@ -37,7 +35,7 @@ class LoadedExecutor(Executor, Protocol):
 
 
 StartExecutor = Callable[[LoadModel, OnProgress], Awaitable[LoadedExecutor]]
-LoadText = Callable[[Path, int | None], "TextModel"]
+LoadText = Callable[[Path, int | None], TextModel]
 """(checkpoint, max_context); blocking, called in a thread."""
 
 
@@ -69,13 +67,6 @@ class Resident:
         await asyncio.wait([self.run])
 
 
-def load_text(path: Path, max_context: int | None) -> TextModel:
-    """Blocking. The import is here since it costs more than the daemon's whole start may."""
-    from quantd.daemon.text import TextModel
-
-    return TextModel.load(path, max_context)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loader:
     """All that it takes to load any model."""
@@ -83,7 +74,7 @@ class Loader:
     scheduler: SchedulerSettings
     metrics: FleetMetrics
     start_executor: StartExecutor
-    load_text: LoadText = load_text
+    load_text: LoadText
     clock: Callable[[], float] = time.monotonic
 
     async def load(self, model: ModelSettings, on_progress: OnProgress) -> Resident:

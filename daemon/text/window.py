@@ -7,6 +7,7 @@ so a model that emits malformed text costs no more than one that does not.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from os.path import commonprefix
 
 from quantd.daemon.text.vocabulary import Vocabulary
@@ -22,7 +23,8 @@ class WindowDetokenizer:
     ) -> None:
         self._vocabulary = vocabulary
         self._skip_special = skip_special_tokens
-        self._context = [token for token in prompt if self._is_shown(token)][-_CONTEXT_TOKENS:]
+        shown = (token for token in reversed(prompt) if self._is_shown(token))
+        self._context = list(islice(shown, _CONTEXT_TOKENS))[::-1]
         self._pending: list[int] = []
 
     def feed(self, token: int) -> str:

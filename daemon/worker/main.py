@@ -133,8 +133,8 @@ class _Reporter:
 
 def _make_runner(load: LoadModel, on_progress: OnProgress) -> StepRunner:
     on_progress(LoadProgress("importing", 0, 0))
-    # Read by the OpenMP runtime as torch loads it. Its threads else spin for milliseconds after
-    # each parallel region, which an idle daemon and a busy neighbour both pay for.
+    # Read by the OpenMP runtime as torch loads it. Threads that spin at the end of each parallel
+    # region would use the cores that their own siblings wait for as soon as anything else runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from quantd.daemon.worker.runner import Runner
 

@@ -1,0 +1,305 @@
+"""The step loop: what callers get, and that nothing is left behind however they leave."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+from fakes import FakeExecutor, ManualClock, hashed_token, make_request
+
+from quantd.daemon.config import SchedulerSettings
+from quantd.daemon.engine.engine import Engine
+from quantd.daemon.engine.stream import TokenStream
+from quantd.daemon.errors import ContextLengthExceeded, QueueFull, RequestError, Unavailable
+from quantd.daemon.kv.pool import BlockPool
+from quantd.daemon.scheduler.scheduler import Scheduler
+from quantd.daemon.telemetry.metrics import EngineMetrics
+from quantd.daemon.types import SamplingParams, StepPlan, TokenEvent
+
+
+class Bench:
+    """An engine over a fake worker, with all that it is made of at hand."""
+
+    def __init__(self, **settings: int) -> None:
+        self.clock = ManualClock(100.0)
+        self.executor = FakeExecutor()
+        self.scheduler = Scheduler(
+            BlockPool(self.executor.info.num_blocks),
+            SchedulerSettings(**settings),  # type: ignore[arg-type]
+            self.executor.info.max_context,
+        )
+        self.metrics = EngineMetrics()
+        self.engine = Engine(
+            self.executor, self.executor.info, self.scheduler, self.metrics, self.clock
+        )
+        self.task = asyncio.create_task(self.engine.run())
+
+    def submit(self, prompt: Sequence[int] = (1, 2, 3), max_tokens: int = 8) -> TokenStream:
+        return self.engine.submit(make_request(prompt, max_tokens=max_tokens, arrival=self.clock()))
+
+    def check_baseline(self) -> None:
+        """No request and no block is in use."""
+        self.scheduler.check()
+        stats = self.engine.stats()
+        assert self.engine.num_active == stats.running == stats.waiting == stats.blocks_used == 0
+        assert stats.blocks_free == stats.blocks_total
+
+
+@asynccontextmanager
+async def bench(**settings: int) -> AsyncIterator[Bench]:
+    bench = Bench(**settings)
+    try:
+        yield bench
+    finally:
+        await bench.engine.close()
+        await bench.task
+
+
+async def settle() -> None:
+    """Lets everything that can run without the outside world run."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def drop_finished(bench: Bench) -> None:
+    """A last request, with whose plan the worker hears of what was dropped before."""
+    await whole(bench.submit([9], max_tokens=1))
+
+
+async def whole(stream: TokenStream) -> TokenEvent:
+    """All events of a stream as one."""
+    events = [event async for event in stream]
+    return TokenEvent(
+        tokens=tuple(token for event in events for token in event.tokens),
+        finish_reason=events[-1].finish_reason,
+        error=events[-1].error,
+    )
+
+
+def expected(prompt: Sequence[int], num_tokens: int) -> tuple[int, ...]:
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(hashed_token(tokens, SamplingParams(max_tokens=1)))
+    return tuple(tokens[len(prompt) :])
+
+
+async def test_requests_get_their_own_tokens() -> None:
+    async with bench() as b:
+        prompts = [[n, 2 * n, 7] for n in range(10)]
+        results = await asyncio.gather(*(whole(b.submit(prompt)) for prompt in prompts))
+        for prompt, result in zip(prompts, results, strict=True):
+            assert result == TokenEvent(expected(prompt, 8), finish_reason="length")
+        b.check_baseline()
+        assert b.engine.stats().finished == 10
+
+
+async def test_it_sleeps_when_there_is_nothing_to_do() -> None:
+    async with bench() as b:
+        await whole(b.submit())
+        num_plans = len(b.executor.plans)
+        await settle()
+        assert len(b.executor.plans) == num_plans
+        await whole(b.submit())
+        assert len(b.executor.plans) > num_plans
+
+
+async def test_the_next_step_is_on_its_way_before_tokens_are_read() -> None:
+    async with bench() as b:
+        stream = b.submit(max_tokens=3)
+        await anext(stream)
+        assert len(b.executor.plans) == 2
+
+
+async def test_what_never_fits_is_refused() -> None:
+    async with bench(max_waiting=2) as b:
+        with pytest.raises(ContextLengthExceeded):
+            b.submit([1] * 500, max_tokens=100)
+        with pytest.raises(RequestError):
+            b.submit([])
+        b.executor.pause()
+        streams = [b.submit(), b.submit()]
+        with pytest.raises(QueueFull):
+            b.submit()
+        b.executor.resume()
+        assert [(await whole(stream)).finish_reason for stream in streams] == ["length"] * 2
+        b.check_baseline()
+
+
+async def test_a_slow_reader_holds_up_nobody() -> None:
+    async with bench() as b:
+        slow = b.submit([1, 2], max_tokens=200)
+        quick = await whole(b.submit([3, 4], max_tokens=200))
+        assert quick.tokens == expected([3, 4], 200)
+        b.check_baseline()
+        events = [event async for event in slow]
+        assert events == [TokenEvent(expected([1, 2], 200), finish_reason="length")]
+
+
+async def test_abort_frees_at_once_and_ends_the_stream() -> None:
+    async with bench() as b:
+        stream, other = b.submit(max_tokens=100), b.submit([5, 6], max_tokens=20)
+        await anext(stream)
+        stream.abort()
+        stream.abort()
+        assert b.engine.num_active == 1
+        assert (await whole(stream)).finish_reason == "abort"
+        assert (await whole(other)).tokens == expected([5, 6], 20)
+        b.check_baseline()
+        assert b.metrics.finished == {"abort": 1, "length": 1}
+        await drop_finished(b)
+        assert len(b.executor.worker.rows) <= 1
+
+
+async def test_abort_while_a_step_is_in_flight() -> None:
+    async with bench() as b:
+        b.executor.pause()
+        stream = b.submit()
+        await settle()
+        assert len(b.executor.plans) == 1
+        await stream.aclose()
+        assert b.engine.stats().blocks_used == 0
+        b.executor.resume()
+        assert await whole(stream) == TokenEvent(finish_reason="abort")
+        b.check_baseline()
+
+
+async def test_a_thousand_aborts_at_random_moments_leave_nothing() -> None:
+    rng = random.Random(7)
+
+    async def client(b: Bench) -> None:
+        prompt = [rng.randrange(256) for _ in range(rng.randint(1, 100))]
+        try:
+            stream = b.submit(prompt, max_tokens=rng.randint(1, 60))
+        except QueueFull:
+            return
+        for _ in range(rng.randint(0, 6)):
+            if rng.random() < 0.3:
+                await asyncio.sleep(0)
+            elif not stream.is_finished:
+                await anext(stream)
+        stream.abort()
+
+    async with bench(max_waiting=64, max_running=8, token_budget=64) as b:
+        for _ in range(50):
+            survivor = b.submit([3, 1, 4], max_tokens=30)
+            await asyncio.gather(*(client(b) for _ in range(20)))
+            assert (await whole(survivor)).tokens == expected([3, 1, 4], 30)
+            b.check_baseline()
+        assert sum(b.metrics.finished.values()) > 1000
+        await drop_finished(b)
+        assert len(b.executor.worker.rows) <= 1
+
+
+async def test_the_workers_death_ends_every_stream_with_the_reason() -> None:
+    async with bench() as b:
+        streams = [b.submit([n], max_tokens=100) for n in range(8)]
+        await anext(streams[0])
+        b.executor.die("killed by signal 9 (SIGKILL)")
+        for stream in streams:
+            result = await whole(stream)
+            assert result.finish_reason == "error"
+            assert result.error == "killed by signal 9 (SIGKILL)"
+        await b.task
+        with pytest.raises(Unavailable, match="SIGKILL"):
+            b.submit()
+        b.check_baseline()
+
+
+async def test_death_while_idle_is_noticed() -> None:
+    async with bench() as b:
+        await settle()
+        b.executor.die("killed")
+        await b.task
+        with pytest.raises(Unavailable, match="killed"):
+            b.submit()
+
+
+async def test_an_error_of_one_sequence_leaves_the_others() -> None:
+    async with bench() as b:
+        bad, good = b.submit([1], max_tokens=50), b.submit([2], max_tokens=50)
+        await anext(bad)
+        b.executor.worker.errors[1] = "the logits were not finite"
+        result = await whole(bad)
+        assert (result.finish_reason, result.error) == ("error", "the logits were not finite")
+        assert (await whole(good)).tokens == expected([2], 50)
+        b.check_baseline()
+
+
+async def test_a_bug_of_ours_ends_the_engine_and_not_the_daemon() -> None:
+    async with bench() as b:
+        b.executor.worker.next_token = lambda tokens, sampling: 1 // 0
+        result = await whole(b.submit())
+        assert result.error == (
+            "internal error in the step loop: ZeroDivisionError: integer division or modulo by zero"
+        )
+        await b.task
+        b.check_baseline()
+
+
+async def test_drain_lets_requests_finish() -> None:
+    async with bench() as b:
+        stream = b.submit(max_tokens=30)
+        drained = asyncio.create_task(b.engine.drain(60))
+        await settle()
+        with pytest.raises(Unavailable, match="shutting down"):
+            b.submit()
+        assert (await whole(stream)).finish_reason == "length"
+        await drained
+        b.check_baseline()
+
+
+async def test_drain_ends_what_is_left_at_the_deadline() -> None:
+    async with bench() as b:
+        b.executor.pause()
+        stream = b.submit()
+        await settle()
+        await b.engine.drain(0)
+        result = await whole(stream)
+        assert (result.finish_reason, result.error) == ("error", "shutting down")
+        b.executor.resume()
+        await b.task
+        b.check_baseline()
+
+
+async def test_close_ends_requests_and_the_worker() -> None:
+    async with bench() as b:
+        stream = b.submit(max_tokens=100)
+        await anext(stream)
+        await b.engine.close()
+        await b.engine.close()
+        assert (await whole(stream)).error == "the model was unloaded"
+        await b.task
+        assert b.executor.closed
+
+
+async def test_measures_by_the_clock() -> None:
+    async with bench() as b:
+        b.executor.pause()
+        stream = b.submit([1, 2, 3], max_tokens=3)
+        b.clock.advance(0.5)
+        await settle()
+        b.clock.advance(1.0)
+        b.executor.resume()
+        await anext(stream)
+        b.executor.pause()
+        await settle()
+        b.clock.advance(0.25)
+        b.executor.resume()
+        await whole(stream)
+        metrics = b.metrics
+        assert metrics.queue.sum == 0.5
+        assert metrics.ttft.sum == 1.5
+        assert metrics.itl.sum == 0.25
+        assert (metrics.prompt_tokens, metrics.generated_tokens) == (3, 3)
+        assert (metrics.steps, metrics.step_tokens) == (3, 3 + 1 + 1)
+        assert metrics.finished == {"length": 1}
+
+
+async def test_plans_go_to_the_worker_in_order() -> None:
+    async with bench(token_budget=16) as b:
+        await asyncio.gather(*(whole(b.submit([n] * 40)) for n in range(5)))
+        steps: list[StepPlan] = b.executor.plans
+        assert [plan.step for plan in steps] == list(range(1, len(steps) + 1))
