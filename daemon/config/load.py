@@ -259,7 +259,8 @@ def _places(
         server = dataclasses.replace(server, socket=environment.default_socket())
     if is_auto("api_keys_file") and environment.credentials is not None:
         credential = environment.credentials / "api-key"
-        if credential.is_file():
+        # The unit's own fallback is "none": an empty file, in contrast, is an error.
+        if credential.is_file() and credential.read_bytes().strip() != b"none":
             origin["server.api_keys_file"] = "credential"
             server = dataclasses.replace(server, api_keys_file=credential)
     return server

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -11,7 +12,7 @@ from aiohttp import web
 
 from quantd.daemon.errors import RequestError
 from quantd.daemon.server.body import read_body
-from quantd.daemon.server.generate import Generation, Prompt, Usage, collect, generation
+from quantd.daemon.server.generate import Api, Generation, Prompt, Usage, collect, generation
 from quantd.daemon.server.logprobs import ChatLogprobs, chat_logprobs
 from quantd.daemon.server.messages import check_messages, encode_messages, num_chars, off_loop
 from quantd.daemon.server.models import json_response
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from quantd.daemon.text import TextModel
 
 _DECODER = msgspec.json.Decoder(ChatBody)
+_API = Api("chatcmpl-", MappingProxyType({"prompt": "messages"}))
 _UNSERVED = (
     "tool_choice",
     "functions",
@@ -71,7 +73,7 @@ class ChatReply(msgspec.Struct):
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     body = await read_body(request, _DECODER)
     options = _read_options(body)
-    running = generation(request, body.model, options, "chatcmpl-", partial(_encode, body))
+    running = generation(request, body.model, options, _API, partial(_encode, body))
     if options.stream:
         return await stream_generation(request, running, ChatChunks)
     async with running as made:

@@ -12,7 +12,7 @@ from aiohttp import web
 from quantd.daemon.errors import RequestError
 from quantd.daemon.server.body import read_body
 from quantd.daemon.server.choice import Delta, TokenEntry
-from quantd.daemon.server.generate import Generation, Prompt, Usage, collect, generation
+from quantd.daemon.server.generate import Api, Generation, Prompt, Usage, collect, generation
 from quantd.daemon.server.logprobs import CompletionLogprobs, completion_logprobs
 from quantd.daemon.server.messages import off_loop
 from quantd.daemon.server.models import json_response
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from quantd.daemon.text import TextModel
 
 _DECODER = msgspec.json.Decoder(CompletionBody)
+_API = Api("cmpl-")
 _UNSERVED = ("suffix", "prompt_embeds")
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's, for this API only."""
@@ -61,7 +62,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     body = await read_body(request, _DECODER)
     options = _read_options(body)
     encode = partial(_encode, body, _read_prompt(body.prompt))
-    running = generation(request, body.model, options, "cmpl-", encode)
+    running = generation(request, body.model, options, _API, encode)
     if options.stream:
         return await stream_generation(request, running, partial(CompletionChunks, body.echo))
     async with running as made:

@@ -71,8 +71,8 @@ def http_error_response(exc: web.HTTPException, request: web.Request) -> web.Res
     """What aiohttp itself raises: unknown URL, wrong method, body over the limit, bad encoding."""
     response = error_response(_from_http(exc, request))
     response.set_status(exc.status)
-    if "Allow" in exc.headers:
-        response.headers["Allow"] = exc.headers["Allow"]
+    if isinstance(exc, web.HTTPMethodNotAllowed):
+        response.headers["Allow"] = ", ".join(sorted(exc.allowed_methods))
     return response
 
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 from aiohttp import web
 
 from quantd.daemon.errors import RequestError
+from quantd.daemon.scheduler.admission import usable_context
 from quantd.daemon.server.choice import Choice, Delta
 from quantd.daemon.server.context import CALLER, CONTEXT
 from quantd.daemon.server.sampling import Options, check_ids
@@ -32,6 +34,14 @@ class Prompt(NamedTuple):
     ids: tuple[int, ...]
     text: str | None = None
     """As the caller wrote it; None when it came as ids or messages."""
+
+
+class Api(NamedTuple):
+    """In what one API differs from another before there is any text."""
+
+    id_prefix: str
+    fields: Mapping[str, str] = MappingProxyType({})
+    """The engine's name for a field → this API's, for errors."""
 
 
 EncodePrompts = Callable[["TextModel"], Awaitable[Sequence[Prompt]]]
@@ -69,10 +79,6 @@ class Generation:
 
     def prompt_of(self, index: int) -> Prompt:
         return self.prompts[index // self.options.n]
-
-    @property
-    def is_finished(self) -> bool:
-        return all(choice.finish_reason is not None for choice in self.choices)
 
     def usage(self) -> Usage:
         """A prompt counts once, however many choices it has; so do its cached tokens, as its first
@@ -131,7 +137,7 @@ async def _interleave(choices: Sequence[Choice]) -> AsyncIterator[Delta]:
 
 @asynccontextmanager
 async def generation(
-    request: web.Request, model: str | None, options: Options, prefix: str, encode: EncodePrompts
+    request: web.Request, model: str | None, options: Options, api: Api, encode: EncodePrompts
 ) -> AsyncIterator[Generation]:
     """Waits for the model, encodes, submits; gives the model back at the end, and what still runs
     is aborted whatever the reason: a client that left, a stop string, an error."""
@@ -139,9 +145,9 @@ async def generation(
     async with await context.fleet.lease(model) as lease:
         arrival = context.clock.monotonic()
         vocab_size = lease.info.vocab_size
-        prompts = [_checked(p, options, vocab_size) for p in await encode(lease.text)]
+        prompts = [_checked(p, options, vocab_size, api) for p in await encode(lease.text)]
         made = Generation(
-            id=prefix + (options.request_id or uuid.uuid4().hex),
+            id=api.id_prefix + (options.request_id or uuid.uuid4().hex),
             created=int(context.clock.wall()),
             model=lease.name,
             text=lease.text,
@@ -150,30 +156,35 @@ async def generation(
             choices=[],
         )
         try:
-            _submit(made, lease, arrival, request[CALLER])
+            try:
+                _submit(made, lease, arrival, request[CALLER])
+            except RequestError as error:
+                error.param = api.fields.get(error.param or "", error.param)
+                raise
             yield made
         finally:
             made.abort()
 
 
-def _checked(prompt: Prompt, options: Options, vocab_size: int) -> Prompt:
-    ids = prompt.ids
+def _checked(prompt: Prompt, options: Options, vocab_size: int, api: Api) -> Prompt:
+    ids, name = prompt.ids, api.fields.get("prompt", "prompt")
     if options.truncate_prompt_tokens is not None:
         ids = ids[-options.truncate_prompt_tokens :]
     if not ids:
-        raise RequestError("the prompt has no tokens; at least 1 is needed", param="prompt")
-    check_ids("prompt", (min(ids), max(ids)), vocab_size)
+        raise RequestError("the prompt has no tokens; at least 1 is needed", param=name)
+    check_ids(name, (min(ids), max(ids)), vocab_size)
     return Prompt(ids, prompt.text if len(ids) == len(prompt.ids) else None)
 
 
 def _submit(made: Generation, lease: Lease, arrival: float, caller: str) -> None:
     """All or none: when a later one is refused, the caller's `finally` aborts the earlier ones."""
     options, info, choices = made.options, lease.info, made.choices
+    context = usable_context(info)
     for prompt in made.prompts:
         for index in range(options.n):
             number = len(choices)
             sampling = options.sampling(
-                lease.text, info.vocab_size, len(prompt.ids), info.max_context, index
+                lease.text, info.vocab_size, len(prompt.ids), context, index
             )
             request = Request(
                 id=f"{made.id}-{number}",

@@ -37,7 +37,7 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except web.HTTPException as error:
         return http_error_response(error, request)
     except Exception as error:
-        if isinstance(error, ConnectionError) and _has_left(request):
+        if isinstance(error, ConnectionError) and has_left(request):
             raise
         return error_response(unexpected(request, error))
 
@@ -49,7 +49,8 @@ def unexpected(request: web.Request, error: Exception) -> QuantdError:
     return internal_error(request_id)
 
 
-def _has_left(request: web.Request) -> bool:
+def has_left(request: web.Request) -> bool:
+    """The client has closed the connection: a ConnectionError is then its, and not ours."""
     return request.transport is None or request.transport.is_closing()
 
 

@@ -17,7 +17,7 @@ from quantd.daemon.errors import QuantdError
 from quantd.daemon.server.context import CONTEXT
 from quantd.daemon.server.errors import encode_error
 from quantd.daemon.server.generate import Generation
-from quantd.daemon.server.middleware import unexpected
+from quantd.daemon.server.middleware import has_left, unexpected
 from quantd.daemon.server.sampling import Options
 from quantd.daemon.server.sse import DONE, EventStream, event
 
@@ -45,17 +45,17 @@ async def stream_generation(
     async with EventStream(request, context.clock, context.settings.keepalive_seconds) as events:
         try:
             async with running as made, aclosing(made.deltas()) as deltas:
-                chunks = chunks_of(made)
+                chunks, num_running = chunks_of(made), len(made.choices)
                 async for delta in deltas:
                     data = chunks.encode(delta)
-                    if delta.finish_reason is not None and made.is_finished:
-                        data += chunks.end()
+                    if delta.finish_reason is not None:
+                        num_running -= 1
+                        if not num_running:  # in one write with the last chunk
+                            data += chunks.end()
                     if data:
                         await events.write(data)
-        except ConnectionError:
-            raise
         except Exception as error:
-            if not events.started:
+            if not events.started or has_left(request):
                 raise
             known = error if isinstance(error, QuantdError) else unexpected(request, error)
             await events.write(event(encode_error(known)) + DONE)

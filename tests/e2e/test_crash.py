@@ -25,11 +25,15 @@ SHORT = LONG | {"max_tokens": 4}
 
 
 async def stream(
-    session: aiohttp.ClientSession, url: str, started: asyncio.Semaphore | None = None
+    session: aiohttp.ClientSession,
+    url: str,
+    started: asyncio.Semaphore | None = None,
+    max_tokens: int = 4000,
 ) -> dict[str, Any]:
-    """Read one long stream to its end; the last event that is JSON."""
+    """Read one stream to its end; the last event that is JSON."""
     last: dict[str, Any] = {}
-    async with session.post(f"{url}/v1/chat/completions", json=LONG | {"stream": True}) as response:
+    body = LONG | {"stream": True, "max_tokens": max_tokens}
+    async with session.post(f"{url}/v1/chat/completions", json=body) as response:
         async for line in response.content:
             if line.startswith(b"data: {"):
                 last = json.loads(line[6:])
@@ -104,7 +108,7 @@ def test_1000_clients_that_leave_lose_no_block_and_stall_nobody(
 
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector) as session:
-            bystander = asyncio.create_task(stream(session, daemon.url))
+            bystander = asyncio.create_task(stream(session, daemon.url, max_tokens=1000))
             async with asyncio.TaskGroup() as group:
                 for _ in range(1000):
                     group.create_task(one(session))
@@ -123,7 +127,7 @@ def test_sigterm_lets_running_requests_finish(serve: Callable[..., Daemon]) -> N
     async def terminate_in_the_middle() -> tuple[dict[str, Any], str]:
         started = asyncio.Semaphore(0)
         async with aiohttp.ClientSession() as session:
-            running = asyncio.create_task(stream(session, daemon.url, started))
+            running = asyncio.create_task(stream(session, daemon.url, started, 400))
             await started.acquire()
             daemon.process.send_signal(signal.SIGTERM)
             refused = "connected"

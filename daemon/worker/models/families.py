@@ -77,25 +77,26 @@ def _rope(f: Fields, head_dim: int) -> RopeConfig:
         for key in ("rope_theta", "partial_rotary_factor")
         if f.value(key) is not None
     }
-    if any(isinstance(value, Mapping) for value in _rope_object(f).values()):
-        raise f.wrong("rope_parameters", "one object for all layers in this architecture")
-    original = f.value("original_max_position_embeddings")
+    key, theirs = _rope_object(f)
+    if any(isinstance(value, Mapping) for value in theirs.values()):
+        raise f.wrong(key, "one object for all layers in this architecture")
     return read_rope(
-        Fields(_rope_object(f), outer, "rope_parameters."),
+        Fields(theirs, outer, f"{key}."),
         head_dim,
         f.integer("max_position_embeddings"),
-        original,
+        f.value("original_max_position_embeddings"),
     )
 
 
-def _rope_object(f: Fields) -> Mapping[str, Any]:
+def _rope_object(f: Fields) -> tuple[str, Mapping[str, Any]]:
+    """Under which key it stands, and what does."""
     for key in ("rope_parameters", "rope_scaling"):
         value = f.value(key)
         if value is not None:
             if not isinstance(value, Mapping):
                 raise f.wrong(key, "an object")
-            return value
-    return {}
+            return key, value
+    return "rope_parameters", {}
 
 
 def _llama(name: str, raw: Mapping[str, Any]) -> ModelConfig:

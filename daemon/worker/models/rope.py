@@ -107,9 +107,10 @@ def read_rope(
     `original` is config.json's own original_max_position_embeddings, which wins where it stands
     (Phi-3).
     """
-    kind = fields.text("rope_type", fields.value("type", "default"))
+    spelling = "rope_type" if "rope_type" in fields else "type"
+    kind = fields.text(spelling, "default")
     if kind not in _KEYS:
-        raise fields.wrong("rope_type", "one of " + ", ".join(sorted(_KEYS)))
+        raise fields.wrong(spelling, "one of " + ", ".join(sorted(_KEYS)))
     for key in sorted(fields.keys() - _KEYS[kind] - _ALWAYS):
         if key in fields:
             raise fields.wrong(key, f"absent, it means nothing to rope_type {kind}")

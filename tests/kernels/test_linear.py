@@ -1,0 +1,80 @@
+"""Linear layers: each route against the specification, exact unpacking, independence of rows."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from quantd.kernels import ops, reference
+from quantd.kernels.cpu.linear import onednn_problem
+from quantd.kernels.cpu.native import Native, pack_panels, unpack_panels
+
+Close = Callable[[torch.Tensor, torch.Tensor], None]
+SHAPES = [(1, 1), (31, 7), (48, 64), (33, 257), (100, 600), (64, 1030)]
+ROWS = [1, 2, 3, 7, 8, 16, 33, 130]
+
+
+def _make(n: int, k: int, rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    x, weight, bias = torch.randn(rows, k), torch.randn(n, k) / k**0.5, torch.randn(n)
+    return x.to(dtype), weight.to(dtype), bias.to(dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_native_linear(
+    lib: Native, dtype: torch.dtype, shape: tuple[int, int], assert_close: Close
+) -> None:
+    for rows in ROWS:
+        x, weight, bias = _make(*shape, rows, dtype)
+        panels = pack_panels(weight)
+        assert torch.equal(unpack_panels(panels, shape[0]), weight)
+        for b in (None, bias):
+            wide = None if b is None else b.double()
+            want = reference.linear(x.double(), weight.double(), wide)
+            assert_close(lib.linear(x, panels, shape[0], b), want)
+
+
+def test_native_rows_do_not_depend_on_their_company_nor_on_threads(
+    lib: Native, dtype: torch.dtype
+) -> None:
+    x, weight, bias = _make(200, 700, 257, dtype)
+    panels = pack_panels(weight)
+    whole = lib.linear(x, panels, 200, bias)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for start, stop in [(0, 257), (0, 1), (9, 11), (100, 107), (121, 154), (130, 257)]:
+            assert torch.equal(lib.linear(x[start:stop], panels, 200, bias), whole[start:stop])
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (100, 600), (2048, 2048)], ids=str)
+def test_chosen_route(dtype: torch.dtype, shape: tuple[int, int], assert_close: Close) -> None:
+    x, weight, bias = _make(*shape, 33, dtype)
+    w = ops.pack_linear(weight)
+    assert w.shape == shape and w.dtype == dtype and w.nbytes >= weight.nbytes
+    assert torch.equal(ops.unpack_linear(w), weight)
+    want = reference.linear(x.double(), weight.double(), bias.double())
+    whole = ops.linear(x, w, bias)
+    assert_close(whole, want)
+    for start, stop in [(0, 1), (4, 6), (1, 8), (16, 32)]:
+        assert torch.equal(ops.linear(x[start:stop], w, bias), whole[start:stop])
+    assert ops.linear(x[:0], w, bias).shape == (0, shape[0])
+
+
+def test_bfloat16_goes_to_onednn_when_it_works() -> None:
+    w = ops.pack_linear(torch.randn(32, 32).bfloat16())
+    assert w.route == ("onednn" if onednn_problem(torch.bfloat16) is None else "native")
+
+
+def test_other_dtypes_stay_as_they_are() -> None:
+    weight = torch.randn(5, 4, dtype=torch.float64)
+    w = ops.pack_linear(weight)
+    assert w.route == "torch" and ops.unpack_linear(w) is weight
+    x = torch.randn(3, 4, dtype=torch.float64)
+    assert torch.equal(ops.linear(x, w, None), torch.nn.functional.linear(x, weight))
+
+
+def test_a_wrong_shape_is_refused(best: Native) -> None:
+    panels = pack_panels(torch.randn(32, 16))
+    with pytest.raises(ValueError, match="x is"):
+        best.linear(torch.randn(2, 17), panels, 32, None)
+    with pytest.raises(ValueError, match="bias"):
+        best.linear(torch.randn(2, 16), panels, 32, torch.randn(31))

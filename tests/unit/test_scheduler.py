@@ -1,0 +1,295 @@
+"""Scheduler.plan and commit: chunks, budget, ends, aborts, and what the worker is told."""
+
+from __future__ import annotations
+
+import pytest
+from fakes import StepLoop, expected_output
+
+from quantd.daemon.config import SchedulerSettings
+from quantd.daemon.scheduler.sequence import Phase
+from quantd.daemon.types import BLOCK_TOKENS, Chunk, SamplingParams
+
+
+def settings(**fields: object) -> SchedulerSettings:
+    return SchedulerSettings(**fields)  # type: ignore[arg-type]
+
+
+def test_one_request_from_prompt_to_end() -> None:
+    loop = StepLoop()
+    seq = loop.add(20, max_tokens=3)
+    loop.run()
+    assert [plan.chunks for plan in loop.plans] == [
+        (Chunk(0, 0, 20, blocks=(0, 1), sample=True),),
+        (Chunk(0, 20, 21, sample=True),),
+        (Chunk(0, 21, 22, sample=True),),
+    ]
+    assert loop.plans[0].add[0].tokens == seq.request.prompt
+    assert all(not plan.add for plan in loop.plans[1:])
+    assert loop.reasons() == {0: "length"}
+    assert (seq.phase, seq.num_output_tokens, loop.pool.num_used) == (Phase.FINISHED, 3, 0)
+    loop.check_outputs()
+
+
+def test_a_long_prompt_goes_in_chunks_and_samples_once_at_its_end() -> None:
+    loop = StepLoop(settings=settings(token_budget=32, max_running=4))
+    loop.add(70, max_tokens=1)
+    loop.run()
+    chunks = [plan.chunks[0] for plan in loop.plans]
+    assert [(c.start, c.stop, c.sample) for c in chunks] == [
+        (0, 32, False),
+        (32, 64, False),
+        (64, 70, True),
+    ]
+    assert len(loop.updates) == 1
+
+
+def test_a_new_block_comes_with_the_token_that_needs_it() -> None:
+    loop = StepLoop()
+    loop.add(BLOCK_TOKENS - 1, max_tokens=4)
+    loop.run()
+    assert [len(plan.chunks[0].blocks) for plan in loop.plans] == [1, 0, 1, 0]
+
+
+def test_decodes_go_on_while_prompts_are_computed() -> None:
+    loop = StepLoop(num_blocks=512, settings=settings(token_budget=32))
+    decoding = [loop.add(4, max_tokens=40) for _ in range(3)]
+    loop.step()
+    loop.add(2000, max_tokens=1)
+    for _ in range(30):
+        plan = loop.begin()
+        assert plan is not None
+        sizes = {chunk.seq: chunk.stop - chunk.start for chunk in plan.chunks}
+        assert [sizes[seq.id] for seq in decoding] == [1, 1, 1]
+        assert sum(sizes.values()) == 32
+        loop.end()
+
+
+def test_a_short_prompt_is_not_stuck_behind_a_long_one() -> None:
+    loop = StepLoop(num_blocks=1024, settings=settings(token_budget=256))
+    long = loop.add(10_000, max_tokens=1)
+    loop.step()
+    short = loop.add(100, max_tokens=1)
+    before = long.num_computed_tokens
+    assert [update.seq for update in loop.step()] == [short]
+    assert long.num_computed_tokens > before
+
+
+def test_a_long_prompt_gets_on_behind_ever_new_short_ones() -> None:
+    loop = StepLoop(num_blocks=1024, settings=settings(token_budget=64, max_running=8))
+    long = loop.add(1000, max_tokens=1)
+    steps = 0
+    while long.first_token_at is None:
+        for _ in range(4):
+            loop.add(40, max_tokens=1)
+        loop.step()
+        steps += 1
+    assert steps <= 1000 // (32 // 8)  # half the budget over at most eight prompts
+    for seq in loop.sequences.values():
+        loop.scheduler.abort(seq.id)
+
+
+def test_no_more_run_at_once_than_max_running() -> None:
+    loop = StepLoop(settings=settings(max_running=3))
+    for _ in range(8):
+        loop.add(5, max_tokens=5)
+    most = 0
+    while loop.scheduler.has_work:
+        plan = loop.begin()
+        assert plan is not None
+        most = max(most, len(plan.chunks))
+        assert loop.scheduler.counts().running == len(plan.chunks)
+        loop.end()
+    assert most == 3
+    loop.check_outputs()
+
+
+def test_the_budget_bounds_the_batch_too() -> None:
+    loop = StepLoop(settings=settings(max_running=64, token_budget=16))
+    for _ in range(20):
+        loop.add(3, max_tokens=5)
+    loop.run()
+    assert max(len(plan.chunks) for plan in loop.plans) == 16
+    loop.check_outputs()
+
+
+# --- how a sequence ends --------------------------------------------------------------------------
+
+
+def first_tokens(n: int) -> list[int]:
+    """The first outputs of a request that `StepLoop.add(10)` makes first."""
+    loop = StepLoop()
+    loop.add(10, max_tokens=n)
+    loop.run()
+    return loop.outputs[0]
+
+
+def test_a_stop_token_ends_it_and_counts_as_output() -> None:
+    tokens = first_tokens(5)
+    assert tokens[3] not in tokens[:3]
+    loop = StepLoop()
+    seq = loop.add(10, sampling=SamplingParams(max_tokens=5, stop_token_ids=(tokens[3],)))
+    loop.run()
+    assert loop.updates[-1].finish_reason == "stop"
+    assert loop.updates[-1].tokens == (tokens[3],)
+    assert (seq.output_tokens, seq.num_output_tokens) == (tokens[:4], 4)
+
+
+def test_stop_beats_length_when_both_come_at_once() -> None:
+    tokens = first_tokens(3)
+    loop = StepLoop()
+    loop.add(10, sampling=SamplingParams(max_tokens=3, stop_token_ids=(tokens[2],)))
+    loop.run()
+    assert loop.reasons() == {0: "stop"}
+
+
+def test_min_tokens_holds_stop_tokens_back() -> None:
+    stop = first_tokens(1)[0]
+    sampling = SamplingParams(max_tokens=8, min_tokens=3, stop_token_ids=(stop,))
+    loop = StepLoop()
+    seq = loop.add(10, sampling=sampling)
+    loop.run()
+    assert seq.num_output_tokens > 3
+    loop.check_outputs()
+
+
+def test_the_context_ends_it() -> None:
+    loop = StepLoop(max_context=13)
+    seq = loop.add(10, max_tokens=100)
+    loop.run()
+    assert (loop.reasons(), seq.num_tokens) == ({0: "length"}, 13)
+
+
+def test_an_error_ends_only_its_own_sequence() -> None:
+    loop = StepLoop()
+    bad, good = loop.add(10), loop.add(12)
+    loop.step()
+    loop.worker.errors[bad.id] = "logits are not finite"
+    loop.run()
+    assert loop.reasons() == {bad.id: "error", good.id: "length"}
+    update = next(u for u in loop.updates if u.finish_reason == "error")
+    assert (update.error, update.tokens) == ("logits are not finite", ())
+    assert loop.pool.num_used == 0
+    loop.check_outputs()
+
+
+# --- aborts and drops -----------------------------------------------------------------------------
+
+
+def test_abort_of_a_waiting_sequence() -> None:
+    loop = StepLoop(settings=settings(max_running=1))
+    loop.add(5)
+    waiting = loop.add(5)
+    loop.step()
+    assert loop.scheduler.abort(waiting.id)
+    assert not loop.scheduler.abort(waiting.id)
+    loop.run()
+    assert loop.reasons() == {0: "length"}
+    assert waiting.phase is Phase.FINISHED
+    assert all(waiting.id not in plan.drop for plan in loop.plans)
+
+
+def test_abort_while_its_step_is_in_flight() -> None:
+    loop = StepLoop()
+    gone, stays = loop.add(40), loop.add(8)
+    loop.begin()
+    assert loop.scheduler.abort(gone.id)
+    loop.scheduler.check()
+    assert loop.pool.num_used == 1
+    assert [update.seq for update in loop.end()] == [stays]
+    assert gone.num_output_tokens == 0
+    plan = loop.begin()
+    assert plan is not None and plan.drop == (gone.id,)
+    loop.end()
+    loop.run()
+    loop.check_outputs()
+
+
+def test_blocks_of_an_aborted_sequence_are_given_out_by_the_next_plan() -> None:
+    loop = StepLoop(num_blocks=2)
+    gone = loop.add(32, max_tokens=1)
+    loop.begin()
+    loop.scheduler.abort(gone.id)
+    heir = loop.add(32, max_tokens=1)
+    loop.end()
+    plan = loop.begin()
+    assert plan is not None
+    assert (plan.drop, plan.chunks[0].blocks) == ((gone.id,), (0, 1))
+    assert [update.seq for update in loop.end()] == [heir]
+    loop.check_outputs()
+
+
+def test_abort_of_an_unknown_sequence() -> None:
+    loop = StepLoop()
+    seq = loop.add(5, max_tokens=1)
+    loop.run()
+    assert not loop.scheduler.abort(seq.id)
+    assert not loop.scheduler.abort(99)
+
+
+def test_drops_wait_for_the_next_plan_and_are_not_lost() -> None:
+    loop = StepLoop()
+    loop.add(5, max_tokens=1)
+    loop.run()
+    assert loop.scheduler.plan(1.0) is None
+    assert list(loop.worker.rows) == [0]
+    loop.add(5, max_tokens=1)
+    loop.run()
+    assert loop.plans[-1].drop == (0,)
+    assert list(loop.worker.rows) == [1]
+
+
+def test_the_worker_remembers_at_most_one_batch() -> None:
+    loop = StepLoop(settings=settings(max_running=3))
+    for i in range(40):
+        seq = loop.add(1 + i % 20, max_tokens=1 + i % 3)
+        loop.step()
+        if i % 5 == 0:
+            loop.scheduler.abort(seq.id)
+        assert len(loop.worker.rows) <= 3
+    loop.run()
+    assert len(loop.worker.rows) <= 3
+
+
+# --- logprobs and times ---------------------------------------------------------------------------
+
+
+def test_prompt_logprobs_come_whole_with_the_first_token() -> None:
+    loop = StepLoop(settings=settings(token_budget=16))
+    sampling = SamplingParams(max_tokens=3, logprobs=0, prompt_logprobs=0)
+    seq = loop.add(50, sampling=sampling)
+    loop.run()
+    first, *others = loop.updates
+    assert first.prompt_logprobs[0] is None
+    assert [p.token for p in first.prompt_logprobs[1:] if p] == list(seq.request.prompt[1:])
+    assert all(update.prompt_logprobs == () for update in others)
+    assert [update.logprobs[0].token for update in loop.updates] == seq.output_tokens
+
+
+def test_the_times_of_a_sequence() -> None:
+    loop = StepLoop(settings=settings(max_running=1))
+    loop.clock.advance(10)
+    first = loop.add(5, max_tokens=2)
+    second = loop.add(5, max_tokens=2)
+    assert second.queue_seconds is None
+    while loop.scheduler.has_work:
+        loop.clock.advance(1)
+        loop.begin()
+        loop.clock.advance(0.5)
+        loop.end()
+    assert (first.started_at, first.first_token_at, first.finished_at) == (11, 11.5, 13)
+    assert (first.queue_seconds, second.queue_seconds) == (1, 4)
+
+
+def test_plan_before_commit_is_our_bug() -> None:
+    loop = StepLoop()
+    loop.add(5)
+    loop.begin()
+    with pytest.raises(AssertionError, match="not committed"):
+        loop.scheduler.plan(0.0)
+
+
+def test_the_fake_model_is_what_the_oracle_says() -> None:
+    loop = StepLoop()
+    seq = loop.add(30, max_tokens=12)
+    loop.run()
+    assert (loop.outputs[seq.id], "length") == expected_output(seq.request)

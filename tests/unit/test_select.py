@@ -1,0 +1,175 @@
+"""Which quantizer takes a layer, and what is said when none does."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pytest
+import torch
+
+from quantd.plugins.api import LinearSpec, QuantLinear, Refused, TensorSource, api_version
+from quantd.plugins.select import GROUP, Registry, Rule, parse_rules, select
+
+CPU = torch.device("cpu")
+SPEC = LinearSpec(
+    "model.layers.0.self_attn.qkv_proj",
+    8,
+    (8, 4, 4),
+    ("layers.0.q_proj", "layers.0.k_proj", "layers.0.v_proj"),
+    torch.float32,
+)
+
+
+class Headers:
+    """A TensorSource that has names and types only."""
+
+    def __init__(self, leaf: str, dtype: str = "F32", config: Mapping[str, Any] | None = None):
+        self.config: Mapping[str, Any] = config or {}
+        self._dtypes = {f"{part}.{leaf}": dtype for part in SPEC.parts}
+
+    def names(self) -> Collection[str]:
+        return self._dtypes.keys()
+
+    def dtype(self, name: str) -> str:
+        return self._dtypes[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def read(self, name: str) -> torch.Tensor:
+        raise NotImplementedError
+
+    def release(self, name: str) -> None:
+        raise NotImplementedError
+
+
+class Packed:
+    """Claims layers with a qweight; takes multiples of its group only."""
+
+    name = "packed"
+    api_version = api_version
+    made = 0
+
+    def __init__(self) -> None:
+        Packed.made += 1
+
+    def claims(self, spec: LinearSpec, source: TensorSource) -> bool:
+        return f"{spec.parts[0]}.qweight" in source.names()
+
+    def refuses(self, spec: LinearSpec, device: torch.device) -> str | None:
+        if spec.in_features % 8:
+            return f"in_features is {spec.in_features}, must be a multiple of 8"
+        return None
+
+    def tensors(self, spec: LinearSpec, source: TensorSource) -> Mapping[str, tuple[int, ...]]:
+        return {}
+
+    def load(self, spec: LinearSpec, source: TensorSource, device: torch.device) -> QuantLinear:
+        raise NotImplementedError
+
+
+class OldVersion(Packed):
+    name = "old"
+    api_version = api_version - 1
+
+
+def broken() -> None:
+    raise RuntimeError("its library is missing")
+
+
+def registry(**others: str) -> Registry:
+    dense = {"dense": "quantd.plugins.dense.plugin:DenseQuantizer"}
+    points = [EntryPoint(name, value, GROUP) for name, value in (dense | others).items()]
+    return Registry(points)
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entry points name modules, and this one has no name that can be imported."""
+    import sys
+    import types
+
+    module = types.ModuleType("formats_of_a_test")
+    for item in (Packed, OldVersion, broken):
+        setattr(module, item.__name__, item)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    Packed.made = 0
+
+
+def test_installed_formats_are_found() -> None:
+    assert "dense" in Registry().names
+
+
+def test_plain_weights_are_dense_and_import_nothing_else() -> None:
+    formats = registry(packed="formats_of_a_test:Packed")
+    choice = select(SPEC, Headers("weight", "BF16"), CPU, formats)
+    assert choice.quantizer.name == "dense"
+    assert Packed.made == 0
+
+
+def test_the_checkpoints_tensors_decide() -> None:
+    formats = registry(packed="formats_of_a_test:Packed")
+    choice = select(SPEC, Headers("qweight", "I32"), CPU, formats)
+    assert choice.quantizer.name == "packed"
+    assert choice.refusals == (("dense", "the layer's tensors are not of this format"),)
+    assert Packed.made == 1
+
+
+def test_integers_under_the_name_of_weights_are_not_dense() -> None:
+    with pytest.raises(Refused, match="no quantizer takes the layer"):
+        select(SPEC, Headers("weight", "I8"), CPU, registry())
+
+
+def test_a_rule_comes_first() -> None:
+    formats = registry(packed="formats_of_a_test:Packed")
+    rules = (Rule("*.o_proj", "dense"), Rule("model.layers.?.*", "packed"), Rule("*", "dense"))
+    choice = select(SPEC, Headers("weight"), CPU, formats, rules)
+    assert choice.quantizer.name == "packed"
+    assert choice.reason == "the rule model.layers.?.*=packed"
+
+
+def test_a_rule_that_cannot_hold_is_refused() -> None:
+    formats = registry(packed="formats_of_a_test:Packed")
+    spec = LinearSpec("lm_head", 12, (4,), ("lm_head",), torch.float32)
+    with pytest.raises(Refused, match=r"lm_head: in_features is 12, must be a multiple of 8"):
+        select(spec, Headers("weight"), CPU, formats, (Rule("lm_head", "packed"),))
+    with pytest.raises(Refused, match=r"no quantizer 'gptq' is installed \(installed: dense, pack"):
+        select(spec, Headers("weight"), CPU, formats, (Rule("*", "gptq"),))
+
+
+def test_a_broken_format_is_a_warning_that_names_it() -> None:
+    formats = registry(broken="formats_of_a_test:broken", absent="no_such_module:X")
+    choice = select(SPEC, Headers("weight"), CPU, formats)
+    assert choice.quantizer.name == "dense"
+    assert formats.warnings == (), "nobody asked it yet"
+    with pytest.raises(Refused) as refusal:
+        config = {"quantization_config": {"quant_method": "awq"}}
+        select(SPEC, Headers("qweight", "I32", config), CPU, formats)
+    said = str(refusal.value)
+    assert "quant_method 'awq' by config.json" in said
+    assert "quantizer 'broken' (formats_of_a_test:broken) could not be loaded" in said
+    assert "RuntimeError: its library is missing" in said
+    assert "ModuleNotFoundError" in said
+    assert len(formats.warnings) == 2
+
+
+def test_another_version_of_the_api_is_broken() -> None:
+    formats = registry(old="formats_of_a_test:OldVersion", other="formats_of_a_test:Packed")
+    assert formats.get("old") is None
+    assert "api_version 0, this is 1" in formats.why_not("old")
+    assert formats.get("other") is None
+    assert "calls itself 'packed'" in formats.why_not("other")
+
+
+def test_rules_as_text() -> None:
+    assert parse_rules("auto") == ()
+    assert parse_rules("dense") == (Rule("*", "dense"),)
+    assert parse_rules("lm_head=dense, *.mlp.*=int8") == (
+        Rule("lm_head", "dense"),
+        Rule("*.mlp.*", "int8"),
+    )
+    for text in ("=dense", "a=", "a=b,"):
+        with pytest.raises(Refused, match="neither a name nor glob=name"):
+            parse_rules(text)
