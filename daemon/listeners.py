@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
-from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
@@ -17,37 +17,34 @@ if TYPE_CHECKING:
     from aiohttp import web
 
 
-@dataclass(frozen=True, slots=True)
 class Listener:
     """A listening socket. `inherited`: the service manager bound it and keeps it open."""
 
-    sock: socket.socket
-    inherited: bool
-
-    @property
-    def is_unix(self) -> bool:
-        return self.sock.family == socket.AF_UNIX
+    def __init__(self, sock: socket.socket, inherited: bool) -> None:
+        self.sock = sock
+        self.inherited = inherited
+        self.is_unix = sock.family == socket.AF_UNIX
+        self.address = _address(sock)
+        """http://127.0.0.1:8420, a path, or @name."""
 
     @property
     def is_local(self) -> bool:
         """Only this machine can connect."""
         return self.is_unix or ip_address(self.sock.getsockname()[0].partition("%")[0]).is_loopback
 
-    @property
-    def address(self) -> str:
-        """http://127.0.0.1:8420, a path, or @name."""
-        name = self.sock.getsockname()
-        if self.is_unix:
-            return name if isinstance(name, str) else "@" + name[1:].decode()
-        host = f"[{name[0]}]" if self.sock.family == socket.AF_INET6 else name[0]
-        return f"http://{host}:{name[1]}"
-
     def close(self) -> None:
         """Idempotent. Removes the file of a Unix socket that we made."""
-        if self.sock.fileno() >= 0:
-            if self.is_unix and not self.inherited:
-                sockets.remove_unix(self.address, self.sock)
-            self.sock.close()
+        if self.is_unix and not self.inherited:
+            sockets.remove_unix(self.address, self.sock)
+        self.sock.close()
+
+
+def _address(sock: socket.socket) -> str:
+    name = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        return name if isinstance(name, str) else "@" + os.fsdecode(name[1:])
+    host = f"[{name[0]}]" if sock.family == socket.AF_INET6 else name[0]
+    return f"http://{host}:{name[1]}"
 
 
 def open_listeners(server: ServerSettings) -> list[Listener]:

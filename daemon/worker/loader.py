@@ -64,6 +64,8 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise Refused(f"{folder} has no {name}") from None
+    except OSError as error:
+        raise Refused(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise Refused(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):

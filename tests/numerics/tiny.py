@@ -1,6 +1,6 @@
 """Tiny random models of every family, made and judged by transformers, and a driver for our Runner.
 
-Logits are compared as log-probabilities over the whole vocabulary, which is what a plan can ask for.
+Logits are compared as log-probabilities over the whole vocabulary: what a plan can ask for.
 """
 
 from __future__ import annotations

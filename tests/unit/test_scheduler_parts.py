@@ -6,7 +6,7 @@ import math
 
 import pytest
 from fakes import make_request
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -21,6 +21,7 @@ from quantd.daemon.scheduler.share import share_budget
 # --- shares ---------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 5000), max_size=40), st.integers(0, 3000))
 def test_shares_are_exact_and_leave_nobody_out(left: list[int], extra: int) -> None:
     budget = len(left) + extra
@@ -32,6 +33,7 @@ def test_shares_are_exact_and_leave_nobody_out(left: list[int], extra: int) -> N
         assert size == tokens or size >= 1 + extra // 2 // prompts
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 500), max_size=20), st.integers(0, 3000))
 def test_who_has_less_left_is_not_behind(left: list[int], extra: int) -> None:
     after = [a - b for a, b in zip(left, share_budget(len(left) + extra, left), strict=True)]

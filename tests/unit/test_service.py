@@ -14,10 +14,11 @@ from io import StringIO
 from pathlib import Path
 
 import aiohttp
+import msgspec
 import pytest
 import structlog
 from fakes import FakeExecutor
-from server_fakes import byte_text_model
+from server_fakes import VOCAB_SIZE, byte_text_model
 
 from quantd.daemon import fleet
 from quantd.daemon.config import (
@@ -53,8 +54,9 @@ def executors(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeExecutor]:
         on_progress(LoadProgress("weights", 1, 2))
         if load.name == "bad":
             raise ModelRefused("bad on purpose")
-        started[load.name] = FakeExecutor()
-        return started[load.name]
+        executor = started[load.name] = FakeExecutor()
+        executor.info = msgspec.structs.replace(executor.info, vocab_size=VOCAB_SIZE)
+        return executor
 
     fake = functools.partial(
         fleet.Fleet, start_executor=start, load_text=lambda path, limit: byte_text_model()
