@@ -4,6 +4,7 @@ It is plain C, loaded with ctypes, so it needs no Python or torch headers. Witho
 installation succeeds all the same and the operations run in plain torch.
 """
 
+import hashlib
 import platform
 import sys
 from pathlib import Path
@@ -30,11 +31,17 @@ if platform.machine() in ("x86_64", "AMD64"):
     LEVELS |= {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
 
 
+def source_digest() -> str:
+    """What the library says it was built from; kernels/cpu/library.py computes the same."""
+    files = sorted(CSRC.glob("*.[ch]"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        objects = self._compile(CSRC / "parallel.c", "parallel", [])
+        objects = self._compile(CSRC / "parallel.c", "parallel", [f'-DSOURCES="{source_digest()}"'])
         for level, flags in LEVELS.items():
             objects += self._compile(CSRC / "level.c", level, [*flags, f"-DLEVEL={level}"])
         self.compiler.link_shared_object(objects, str(target), libraries=["m"])
@@ -52,7 +59,12 @@ class BuildNative(build_ext):
 setup(
     ext_modules=[
         # optional: a failed build is a warning and not an error.
-        Extension("quantd.kernels.cpu._native", [str(CSRC / "level.c")], optional=True)
+        Extension(
+            "quantd.kernels.cpu._native",
+            sources=[str(CSRC / "parallel.c"), str(CSRC / "level.c")],
+            depends=sorted(str(path) for path in CSRC.glob("*.h")),
+            optional=True,
+        )
     ],
     cmdclass={"build_ext": BuildNative},
 )

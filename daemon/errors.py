@@ -119,7 +119,7 @@ class Unavailable(QuantdError):
 
 
 class ModelRefused(Unavailable):
-    """The checkpoint is not understood (architecture, tensors, shapes); loading again cannot help."""
+    """The checkpoint is not understood (architecture, tensors, shapes); a retry cannot help."""
 
     code = "model_refused"
 

@@ -76,14 +76,16 @@ class Faces:
 
     async def add(self, runner: web.AppRunner, listeners: list[Listener]) -> None:
         """Serves a runner's application on these listeners."""
+        from quantd.daemon.server.connection import connections
+
         await runner.setup()
         self._runners.append(runner)
         loop = asyncio.get_running_loop()
-        assert runner.server is not None
+        make_connection = connections(runner)
         for listener in listeners:
             # aiohttp's SockSite takes no Unix socket under uvloop.
             create = loop.create_unix_server if listener.is_unix else loop.create_server
-            server = await create(runner.server, sock=listener.sock)
+            server = await create(make_connection, sock=listener.sock)
             (self._inherited if listener.inherited else self._own).append(server)
 
     def release_inherited(self) -> None:

@@ -27,6 +27,8 @@ _log = structlog.get_logger("quantd.service")
 
 _CLOSE_SECONDS = 5.0
 """How long handlers may take to write their last bytes when all models have ended."""
+_FREEZE_SECONDS = 1.0
+
 OnModels = Callable[["list[ModelStatus]"], None]
 """Called with all models whenever one changes its state or gets on with loading."""
 
@@ -46,15 +48,18 @@ class Service:
         environment: Environment,
         read_settings: Callable[[], Settings],
         log_stream: LogStream | None = None,
-        on_models: OnModels = lambda models: None,
+        on_models: OnModels | None = None,
     ) -> None:
-        """`read_settings` reads the configuration again, or raises ConfigError."""
+        """`read_settings` reads the configuration again, or raises ConfigError. Without
+        `on_models`, what a loading model is at is logged."""
         self._settings = settings
         self._environment = environment
         self._read_settings = read_settings
         self._log_stream = log_stream
         self._on_models = on_models
         self._notifier = Notifier(environment.notify_socket)
+        self._stages: dict[str, str] = {}
+        """What each loading model was at when its last change was logged."""
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
 
@@ -92,9 +97,7 @@ class Service:
         self._notifier.ready()
         self._start_watchdog()
         self._fleet.preload()
-        # What is there by now stays: without this, each full collection would look at it again.
-        gc.collect()
-        gc.freeze()
+        asyncio.get_running_loop().call_later(_FREEZE_SECONDS, _freeze)
         return faces
 
     async def _open_faces(self, listeners: list[Listener], metrics: Metrics) -> Faces:
@@ -190,7 +193,12 @@ class Service:
 
     def _on_change(self, status: ModelStatus) -> None:
         models = self._fleet.models()
-        self._on_models(models)
+        if self._on_models is not None:
+            self._on_models(models)
+        elif status.stage != self._stages.get(status.name, ""):
+            self._stages[status.name] = status.stage
+            if status.stage:
+                _log.info("loading", model=status.name, stage=status.stage)
         if not self._stop.is_set():
             self._notifier.status(summary(models))
 
@@ -219,6 +227,13 @@ class Service:
                     "everybody who can reach this address may use it; set server.api_keys_file",
                     address=listener.address,
                 )
+
+
+def _freeze() -> None:
+    """What is there by now stays: without this, every full collection would look at it again. Not
+    at once, because it takes a while and the first client is waiting."""
+    gc.collect()
+    gc.freeze()
 
 
 def summary(models: list[ModelStatus]) -> str:

@@ -33,38 +33,24 @@ class UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-class Daemon:
-    """`quantd serve ARGUMENTS` on a free port and a socket in a folder of its own."""
+class Server:
+    """Where a daemon listens, and how to ask it."""
 
-    def __init__(self, *arguments: str, wait_ready: bool = True) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="quantd-test-"))
-        self.socket = self.folder / "quantd.sock"
-        self.log = self.folder / "log"
-        listen = ["--port", "0", "--socket", str(self.socket)]
-        command = [sys.executable, "-m", "quantd.daemon", "serve", *arguments, *listen]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
-            )
-        self.port = self._wait_for_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        if wait_ready:
-            self.wait_ready()
+    def __init__(self, port: int, socket: Path) -> None:
+        self.port = port
+        self.socket = socket
+        self.url = f"http://127.0.0.1:{port}"
 
-    def _wait_for_port(self) -> int:
-        return int(self._wait(lambda: _ADDRESS.search(self.log.read_bytes()))[1])
-
-    def wait_ready(self) -> None:
-        self._wait(lambda: self.get("/ready")[0] == 200)
-
-    def _wait(self, condition: Callable[[], Any]) -> Any:
+    def wait(self, condition: Callable[[], Any]) -> Any:
+        """The first true value of `condition`."""
         deadline = time.monotonic() + START_SECONDS
         while not (value := condition()):
-            assert self.process.poll() is None, self.log.read_text(errors="replace")
-            assert time.monotonic() < deadline, self.log.read_text(errors="replace")
+            self.check(time.monotonic() < deadline)
             time.sleep(0.02)
         return value
+
+    def check(self, in_time: bool) -> None:
+        assert in_time, "the daemon does not come to what is waited for"
 
     def request(
         self, method: str, path: str, body: Any = None, *, unix: bool = False, **headers: str
@@ -97,7 +83,7 @@ class Daemon:
         """The sum of a metric over its labels; `name` may hold some of the labels."""
         base, _, labels = name.partition("{")
         total = 0.0
-        for line in self.get("/metrics")[1].decode().splitlines():
+        for line in self.get("/metrics", unix=True)[1].decode().splitlines():
             if re.match(rf"{re.escape(base)}[{{ ]", line) and all(
                 part in line for part in labels.rstrip("}").split(",") if part
             ):
@@ -105,7 +91,35 @@ class Daemon:
         return total
 
     def wait_metric(self, name: str, value: float) -> None:
-        self._wait(lambda: self.metric(name) == value)
+        self.wait(lambda: self.metric(name) == value)
+
+
+class Daemon(Server):
+    """`quantd serve ARGUMENTS` on a free port and a socket in a folder of its own."""
+
+    def __init__(self, *arguments: str, wait_ready: bool = True) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="quantd-test-"))
+        self.socket = self.folder / "quantd.sock"
+        self.log = self.folder / "log"
+        listen = ["--port", "0", "--socket", str(self.socket)]
+        command = [sys.executable, "-m", "quantd.daemon", "serve", *arguments, *listen]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+            )
+        super().__init__(self._wait_for_port(), self.socket)
+        if wait_ready:
+            self.wait_ready()
+
+    def _wait_for_port(self) -> int:
+        return int(self.wait(lambda: _ADDRESS.search(self.log.read_bytes()))[1])
+
+    def wait_ready(self) -> None:
+        self.wait(lambda: self.get("/ready")[0] == 200)
+
+    def check(self, in_time: bool) -> None:
+        assert in_time and self.process.poll() is None, self.log.read_text(errors="replace")
 
     def workers(self) -> list[int]:
         """Process ids of the daemon's workers."""

@@ -14,17 +14,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-from aiohttp import web
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from quantd.daemon.config import ServerSettings
 from quantd.daemon.engine.engine import EngineStats
-from quantd.daemon.engine.stream import TokenStream
+from quantd.daemon.engine.stream import Leaving, TokenStream
 from quantd.daemon.errors import ModelNotFound, QuantdError
 from quantd.daemon.fleet import ModelStatus
 from quantd.daemon.server.admin import AdminActions
 from quantd.daemon.server.app import create_app, create_runner
 from quantd.daemon.server.auth import ApiKeys
+from quantd.daemon.server.connection import connections
 from quantd.daemon.server.context import Clock
 from quantd.daemon.server.sockets import bind_tcp
 from quantd.daemon.telemetry.metrics import Metrics
@@ -98,6 +98,7 @@ class FakeEngine:
         self.requests: list[Request] = []
         self.streams: list[TokenStream] = []
         self.aborted: list[str] = []
+        self.stopped: list[str] = []
         self.submitted = asyncio.Event()
         self.abort_seen = asyncio.Event()
         self.num_cached_tokens = 0
@@ -107,7 +108,7 @@ class FakeEngine:
         refusal = self.refuse(request)
         if refusal is not None:
             raise refusal
-        stream = TokenStream(lambda: self._abort(request.id, stream))
+        stream = TokenStream(lambda reason: self._leave(request.id, stream, reason))
         self.requests.append(request)
         self.streams.append(stream)
         answer = self.answer(request)
@@ -116,9 +117,9 @@ class FakeEngine:
         self.submitted.set()
         return stream
 
-    def _abort(self, request_id: str, stream: TokenStream) -> None:
-        self.aborted.append(request_id)
-        stream.finish("abort")
+    def _leave(self, request_id: str, stream: TokenStream, reason: Leaving) -> None:
+        (self.stopped if reason == "stop" else self.aborted).append(request_id)
+        stream.finish(reason)
         self.abort_seen.set()
 
     async def _play(self, request: Request, stream: TokenStream, answer: Answer) -> None:
@@ -290,13 +291,14 @@ async def serving(
     sock = bind_tcp("127.0.0.1", 0)[0]
     if send_buffer is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-    await web.SockSite(runner, sock).start()
+    server = await asyncio.get_running_loop().create_server(connections(runner), sock=sock)
     port = sock.getsockname()[1]
     async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
         try:
             yield Served(fleet, session, port)
         finally:
             await session.close()
+            server.close()
             await runner.cleanup()
 
 
@@ -307,11 +309,12 @@ async def serving_unix(path: str, sock: Any, actions: AdminActions) -> AsyncIter
     app = create_app(ServerSettings(), fleet, Metrics(), admin=actions)  # type: ignore[arg-type]
     runner = create_runner(app)
     await runner.setup()
-    await web.SockSite(runner, sock).start()
+    server = await asyncio.get_running_loop().create_unix_server(connections(runner), sock=sock)
     connector = aiohttp.UnixConnector(path)
     async with aiohttp.ClientSession("http://localhost", connector=connector) as session:
         try:
             yield Served(fleet, session, 0)
         finally:
             await session.close()
+            server.close()
             await runner.cleanup()

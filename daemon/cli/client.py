@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from quantd.daemon.cli.parser import settings_flags
-from quantd.daemon.config import Environment, Settings, load
+from quantd.daemon.config import Environment, load
+from quantd.daemon.config.environment import SYSTEM_SOCKET
 from quantd.daemon.errors import QuantdError
 
 
@@ -140,15 +141,18 @@ def find_if_any(arguments: argparse.Namespace) -> Target | None:
 
 
 def _places(arguments: argparse.Namespace) -> list[Target]:
-    """The Unix socket first; with a flag for one of the two, only that one."""
+    """The user's own daemon, the machine's, then TCP; with a flag only what it names."""
     environment = Environment.read()
     flags = settings_flags(arguments)
     config = Path(arguments.config) if arguments.config else None
-    settings: Settings = load(config, flags, environment)
+    settings = load(config, flags, environment)
     server = settings.server
     host = {"0.0.0.0": "127.0.0.1", "::": "::1", "*": "127.0.0.1"}.get(server.host, server.host)
     tcp = Target(None, host.strip("[]"), server.port, environment.api_key)
-    unix = [Target(server.socket)] if server.socket is not None else []
+    sockets = [server.socket]
+    if settings.origin["server.socket"] == "default" and server.socket != SYSTEM_SOCKET:
+        sockets.append(SYSTEM_SOCKET)
+    unix = [Target(path) for path in sockets if path is not None]
     if "server.socket" in flags:
         return unix
     if "server.port" in flags or "server.host" in flags:

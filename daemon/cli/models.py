@@ -12,8 +12,8 @@ def run(arguments: argparse.Namespace) -> int:
     daemon = client.find(arguments)
     if daemon.path is None:
         raise client.ClientError(
-            f"the daemon at {daemon} can be administered over its Unix socket only; "
-            "give it with --socket"
+            f"the daemon at {daemon} can be administered over its Unix socket only: name it with "
+            "--socket, and have the right to write to it (`quantd serve` says where it is)"
         )
     if arguments.action == "reload":
         changes = daemon.post("/admin/reload", {})["changes"]

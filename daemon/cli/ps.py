@@ -14,11 +14,7 @@ _HEADER = ["MODEL", "STATE", "WEIGHTS", "KV USED", "CONTEXT", "DEVICE", "RUNNING
 
 def run(arguments: argparse.Namespace) -> int:
     daemon = client.find(arguments)
-    if daemon.path is not None:
-        models = daemon.get("/admin/models")["models"]
-    else:
-        # TCP tells less: an API key is not an administrator's.
-        models = [_from_openai(model) for model in daemon.get("/v1/models")["data"]]
+    models = _models(daemon)
     if arguments.json:
         print(json.dumps(models, indent=2))
         return 0
@@ -27,6 +23,16 @@ def run(arguments: argparse.Namespace) -> int:
         if model["reason"]:
             print(f"\n{model['name']}: {model['reason']}")
     return 0
+
+
+def _models(daemon: client.Target) -> list[dict[str, Any]]:
+    """What there is to know of each model; over TCP that is less, and without `info`: an API key
+    is not an administrator's."""
+    if daemon.path is None:
+        return [_from_openai(model) for model in daemon.get("/v1/models")["data"]]
+    engines = daemon.get("/admin/state")["engines"]
+    models: list[dict[str, Any]] = daemon.get("/admin/models")["models"]
+    return [model | {"stats": engines.get(model["name"])} for model in models]
 
 
 def _row(model: dict[str, Any]) -> list[str]:

@@ -7,6 +7,9 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
+SYSTEM_SOCKET = Path("/run/quantd.sock")
+"""Where the daemon of the whole machine listens."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
@@ -55,7 +58,7 @@ class Environment:
     def default_socket(self) -> Path | None:
         """Where this user's daemon listens when nothing says otherwise; None: nowhere safe."""
         if self.user_id == 0:
-            return Path("/run/quantd.sock")
+            return SYSTEM_SOCKET
         return self.session_runtime / "quantd.sock" if self.session_runtime else None
 
     def config_files(self) -> tuple[Path, ...]:

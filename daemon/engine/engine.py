@@ -12,7 +12,7 @@ import structlog
 
 from quantd.daemon.engine.executor import Executor
 from quantd.daemon.engine.metrics import EngineMetrics
-from quantd.daemon.engine.stream import TokenStream
+from quantd.daemon.engine.stream import Leaving, TokenStream
 from quantd.daemon.errors import Unavailable
 from quantd.daemon.scheduler import admission
 from quantd.daemon.scheduler.scheduler import Scheduler, SequenceUpdate
@@ -60,10 +60,10 @@ class _Step(NamedTuple):
 class Engine:
     """Drives one scheduler and one executor.
 
-    Event loop only. `submit`, `TokenStream.abort` and `stats` never wait and may be called at any
-    moment; `run` is the one task that plans and commits. It ends when the worker dies or at
-    `close`, and from then on `submit` raises `Unavailable` with the reason: an engine is used
-    once, whoever wants the model back starts another.
+    Event loop only. `submit`, `stats` and a stream's `abort` and `stop` never wait and may be
+    called at any moment; `run` is the one task that plans and commits. It ends when the worker
+    dies or at `close`, and from then on `submit` raises `Unavailable` with the reason: an engine
+    is used once, whoever wants the model back starts another.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Engine:
             raise Unavailable(self._refusal)
         admission.check(request, self._info, self._scheduler, self._clock())
         sequence = Sequence(next(self._ids), request)
-        stream = TokenStream(lambda: self._abort(sequence.id))
+        stream = TokenStream(lambda reason: self._leave(sequence.id, reason))
         self._active[sequence.id] = _Active(sequence, stream)
         self._scheduler.add(sequence)
         self._idle.clear()
@@ -211,14 +211,15 @@ class Engine:
             self._metrics.observe_itl(now - active.last_token_at)
         active.last_token_at = now
 
-    def _abort(self, seq_id: int) -> None:
+    def _leave(self, seq_id: int, reason: Leaving) -> None:
+        """The stream's reader is done with it."""
         active = self._active.get(seq_id)
         if active is None:
             return
         # False when the last step finished it and its update is not yet delivered.
         self._scheduler.abort(seq_id)
-        active.stream.finish("abort")
-        self._forget(seq_id, "abort")
+        active.stream.finish(reason)
+        self._forget(seq_id, reason)
 
     def _end(self, reason: str) -> None:
         """No request lives on; the first reason counts."""

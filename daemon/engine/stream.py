@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from quantd.daemon.types import FinishReason, TokenEvent, TokenLogprob
+
+Leaving = Literal["abort", "stop"]
+"""How a reader ends a stream before the engine does."""
 
 
 class TokenStream:
@@ -13,12 +17,12 @@ class TokenStream:
 
     Invariant: at most one event waits for the reader. What comes before it is read is added to
     it, so a slow reader gets fewer and longer events, and holds up nobody. One reader; event
-    loop only. A reader that leaves early must call `abort` or `aclose`: until then the sequence
-    goes on, and an iterator is not told of a `break`.
+    loop only. A reader that leaves early must call `abort`, `stop` or `aclose`: until then the
+    sequence goes on, and an iterator is not told of a `break`.
     """
 
     __slots__ = (
-        "_on_abort",
+        "_on_leave",
         "_arrived",
         "_tokens",
         "_logprobs",
@@ -28,8 +32,9 @@ class TokenStream:
         "_exhausted",
     )
 
-    def __init__(self, on_abort: Callable[[], None]) -> None:
-        self._on_abort = on_abort
+    def __init__(self, on_leave: Callable[[Leaving], None]) -> None:
+        """`on_leave` is called when the reader has left a stream that goes on."""
+        self._on_leave = on_leave
         self._arrived = asyncio.Event()
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -67,12 +72,20 @@ class TokenStream:
     def abort(self) -> None:
         """The caller wants no more: its sequence is gone before the next step. Idempotent; the
         reader, if it still reads, gets a last event with "abort"."""
-        if self._finish_reason is None:
-            self._on_abort()
+        self._leave("abort")
+
+    def stop(self) -> None:
+        """The caller found the end in the text (a stop string): as `abort`, but the request ran to
+        its end and counts so."""
+        self._leave("stop")
 
     async def aclose(self) -> None:
         """`abort`, for `contextlib.aclosing`."""
         self.abort()
+
+    def _leave(self, reason: Leaving) -> None:
+        if self._finish_reason is None:
+            self._on_leave(reason)
 
     def __aiter__(self) -> TokenStream:
         return self

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from quantd.daemon.fleet import Fleet
     from quantd.daemon.telemetry.metrics import Metrics
 
-_IDLE_SECONDS = 120.0
-"""An idle connection is closed after this; longer than the SDKs' own pools keep one."""
-
 
 def create_app(
     settings: ServerSettings,
@@ -50,13 +47,12 @@ def create_app(
 
 
 def create_runner(app: web.Application) -> web.AppRunner:
-    """The only way these applications may be run: `handler_cancellation` is what ends the work of
-    a client that has left, and a line per request would cost more than some requests."""
+    """The only way these applications may be run, on the sockets that the caller serves with
+    `connections(runner)`: `handler_cancellation` is what ends the work of a client that has left.
+    """
     return web.AppRunner(
         app,
         handler_cancellation=True,
-        access_log=None,
-        keepalive_timeout=_IDLE_SECONDS,
         # By then the fleet has drained: nothing but the last bytes of responses is under way.
         shutdown_timeout=2.0,
     )

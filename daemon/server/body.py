@@ -25,7 +25,8 @@ async def read_body(request: web.Request, decoder: msgspec.json.Decoder[T]) -> T
     try:
         raw = await request.read()
     except web.RequestPayloadError as error:
-        raise RequestError(f"the body cannot be read: {error}", code="invalid_body") from None
+        reason = " ".join(str(error).split()).removeprefix("400, message: ")
+        raise RequestError(f"the body cannot be read: {reason}", code="invalid_body") from None
     return decode(raw, decoder)
 
 

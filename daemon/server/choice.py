@@ -112,7 +112,7 @@ class Choice:
             stopped = flushed.stopped
         self._num_chars += len(delta.text)
         if stopped is not None:
-            self._stream.abort()
+            self._stream.stop()
             delta.finish_reason, delta.stop_reason = "stop", stopped
         elif event.finish_reason is not None:
             delta.finish_reason = "stop" if ended else "length"

@@ -49,7 +49,7 @@ def check_messages(body: ChatBody | TokenizeBody, messages: Sequence[Message]) -
         if name in (body.chat_template_kwargs or ()):
             raise RequestError(
                 f"chat_template_kwargs must not set {name}, which is a field of the body",
-                param="chat_template_kwargs",
+                param=f"chat_template_kwargs.{name}",
             )
     if body.continue_final_message:
         if body.add_generation_prompt:

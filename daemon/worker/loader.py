@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ class Weights:
     """fp32; what a family adds to its norms' weights is added."""
     embedding: Tensor
     """[vocab_size, hidden]: on a CPU the mapped file itself: only rows that occur are resident."""
+    release_embedding: Callable[[], None]
+    """Gives the mapped table's resident pages back; the next lookup maps what it needs again."""
     choices: tuple[Choice, ...]
     num_parameters: int
     nbytes: int
@@ -175,16 +178,22 @@ def load_weights(
         name: _vector(source, vector.source, device, config.norm_offset)
         for name, vector in tensors.vectors.items()
     }
-    embedding = source.read(tensors.embedding)
-    if device.type != "cpu":
-        embedding = embedding.to(device)
+    embedding = source.read(tensors.embedding).to(device)
     nbytes = sum(linear.nbytes for linear in linears.values())
     nbytes += sum(vector.nbytes for vector in vectors.values())
     nbytes += embedding.nbytes if device.type != "cpu" else 0
     biases = sum(spec.out_features for spec, _ in specs.values() if spec.bias)
     untied = 0 if config.tied else embedding.numel()
     parameters = sum(sizes.values()) + biases + untied + sum(map(len, vectors.values()))
-    return Weights(linears, vectors, embedding, tuple(choices), parameters, nbytes)
+    return Weights(
+        linears,
+        vectors,
+        embedding,
+        partial(source.release, tensors.embedding),
+        tuple(choices),
+        parameters,
+        nbytes,
+    )
 
 
 def _load_linear(

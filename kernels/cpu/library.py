@@ -2,6 +2,7 @@
 
 import ctypes
 import glob
+import hashlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,12 +31,22 @@ def open_library() -> Library | str:
         return "it was not built (a C compiler was missing at installation)"
     try:
         handle = ctypes.CDLL(str(path))
+        handle.quantd_sources.restype = ctypes.c_char_p
+        if handle.quantd_sources().decode() != _source_digest(here / "csrc"):
+            return f"{path.name} is older than its sources: python setup.py build_ext --inplace"
         best = LEVELS[handle.quantd_best_level()]
         # A build for a processor that is not x86 has the portable level only.
         best = best if hasattr(handle, f"quantd_rms_norm_{best}") else LEVELS[0]
     except (OSError, AttributeError) as error:
         return f"{path.name} cannot be opened: {error}"
     return Library(handle, best, _share_threads(handle))
+
+
+def _source_digest(folder: Path) -> str:
+    """As in setup.py. The sources are installed beside the library, so that they can be compared:
+    a signature that changed under a stale library would corrupt memory."""
+    files = sorted(folder.glob("*.[ch]"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def levels(library: Library) -> tuple[str, ...]:

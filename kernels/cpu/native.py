@@ -67,7 +67,7 @@ class Native:
             inner, strides = x.shape[1], (x.stride(0), x.stride(1))
         else:
             x, inner, strides = x.contiguous(), 1, (width, 0)
-        out = torch.empty(x.shape, dtype=x.dtype)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
         self._rms_norm(
             torch.get_num_threads(),
             DTYPES[x.dtype],
@@ -170,7 +170,7 @@ class Native:
         for name, size in (("query_start", sequences + 1), ("kv_len", sequences)):
             _check_int32(name, getattr(batch, name), size)
         _check_int32("block_table", batch.block_table, sequences * batch.block_table.shape[1])
-        out = torch.empty((rows, heads, head_dim), dtype=q.dtype)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
         problem = self._paged_attention(
             torch.get_num_threads(),
             DTYPES[q.dtype],
@@ -202,7 +202,8 @@ class Native:
         """x [T, K] times the weight packed by pack_panels, plus bias [n] -> [T, n]."""
         rows, k = x.shape
         if panels.shape[1] != k or panels.dtype != x.dtype:
-            raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, the weight {panels.dtype} [{n}, {panels.shape[1]}]")
+            shape = (n, panels.shape[1])
+            raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, weight {panels.dtype} {shape}")
         if x.stride(1) != 1:
             x = x.contiguous()
         if bias is not None:

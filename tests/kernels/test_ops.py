@@ -8,6 +8,7 @@ import torch
 
 from quantd.kernels import ops, reference
 from quantd.kernels.batch import BLOCK_SIZE, AttentionBatch
+from quantd.kernels.cpu import library as library_module
 from quantd.kernels.cpu import linear
 from quantd.kernels.cpu.library import Library, open_library
 from quantd.kernels.cpu.native import Native
@@ -88,6 +89,23 @@ def test_notes_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "onednn_problem", lambda _: "no such operation")
     first, second = ops.notes()
     assert "no such file" in first and "no such operation" in second
+
+
+def test_a_library_older_than_its_sources_is_not_opened(
+    best: Native, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library_module, "_source_digest", lambda _: "of newer sources")
+    reason = library_module.open_library.__wrapped__()
+    assert isinstance(reason, str) and "older than its sources" in reason
+
+
+def test_a_library_that_is_no_library_is_a_reason_and_not_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library_module, "__file__", str(tmp_path / "library.py"))
+    assert "not built" in str(library_module.open_library.__wrapped__())
+    (tmp_path / "_native.so").write_bytes(b"not a library")
+    assert "cannot be opened" in str(library_module.open_library.__wrapped__())
 
 
 def test_native_calls_use_torch_s_threads_and_start_no_others(best: Native) -> None:

@@ -153,6 +153,17 @@ async def test_abort_frees_at_once_and_ends_the_stream() -> None:
         assert len(b.executor.worker.rows) <= 1
 
 
+async def test_a_stop_in_the_text_frees_at_once_and_counts_as_finished() -> None:
+    async with bench() as b:
+        stream = b.submit(max_tokens=100)
+        await anext(stream)
+        stream.stop()
+        assert (await whole(stream)).finish_reason == "stop"
+        b.check_baseline()
+        assert b.metrics.finished == {"stop": 1}
+        assert b.engine.stats().finished == 1
+
+
 async def test_abort_while_a_step_is_in_flight() -> None:
     async with bench() as b:
         b.executor.pause()

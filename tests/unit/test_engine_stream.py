@@ -6,12 +6,12 @@ import asyncio
 
 import pytest
 
-from quantd.daemon.engine.stream import TokenStream
+from quantd.daemon.engine.stream import Leaving, TokenStream
 from quantd.daemon.types import TokenEvent, TokenLogprob
 
 
 def stream() -> TokenStream:
-    return TokenStream(lambda: None)
+    return TokenStream(lambda reason: None)
 
 
 async def test_a_prompt_reader_gets_each_event() -> None:
@@ -62,15 +62,23 @@ async def test_an_error_comes_after_the_tokens_before_it() -> None:
     assert events == [TokenEvent((1, 2), finish_reason="error", error="the worker died")]
 
 
-async def test_abort_is_told_once_and_not_after_the_end() -> None:
-    aborts: list[int] = []
-    tokens = TokenStream(lambda: aborts.append(1) or tokens.finish("abort"))
-    tokens.abort()
+@pytest.mark.parametrize("reason", ["abort", "stop"])
+async def test_leaving_is_told_once_and_not_after_the_end(reason: Leaving) -> None:
+    told: list[Leaving] = []
+
+    def on_leave(reason: Leaving) -> None:
+        told.append(reason)
+        tokens.finish(reason)
+
+    tokens = TokenStream(on_leave)
+    tokens.stop() if reason == "stop" else tokens.abort()
+    tokens.stop()
     tokens.abort()
     await tokens.aclose()
-    assert aborts == [1]
-    assert [event.finish_reason async for event in tokens] == ["abort"]
-    finished = TokenStream(lambda: aborts.append(2))
+    assert told == [reason]
+    assert [event.finish_reason async for event in tokens] == [reason]
+    finished = TokenStream(on_leave)
     finished.finish("stop")
+    finished.stop()
     await finished.aclose()
-    assert aborts == [1] and finished.is_finished
+    assert told == [reason] and finished.is_finished

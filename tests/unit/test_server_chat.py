@@ -265,8 +265,13 @@ BAD: list[tuple[str, Any, str, str]] = [
     ("priority", 2**40, "priority", "between"),
     ("request_id", "a b", "request_id", "letters"),
     ("truncate_prompt_tokens", 0, "truncate_prompt_tokens", "between 1"),
-    ("chat_template_kwargs", {"messages": []}, "chat_template_kwargs", "messages"),
-    ("chat_template_kwargs", {"add_generation_prompt": False}, "chat_template_kwargs", "body"),
+    ("chat_template_kwargs", {"messages": []}, "chat_template_kwargs.messages", "messages"),
+    (
+        "chat_template_kwargs",
+        {"add_generation_prompt": False},
+        "chat_template_kwargs.add_generation_prompt",
+        "body",
+    ),
     ("continue_final_message", True, "continue_final_message", "assistant"),
     ("model", 3, "model", "str"),
     ("messages", [], "messages", "at least 1"),
@@ -375,7 +380,7 @@ async def test_stop_string_ends_and_counts_to_its_last_token() -> None:
         assert choice["finish_reason"] == "stop"
         assert choice["stop_reason"] == "STOP"
         assert reply["usage"]["completion_tokens"] == len("one. twoSTOP")
-        assert len(served.engine.aborted) == 1
+        assert len(served.engine.stopped) == 1 and not served.engine.aborted
 
 
 async def test_stop_string_is_kept_when_asked_for() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 from pathlib import Path
@@ -86,7 +87,9 @@ async def test_body_limit_told_or_not_or_zipped() -> None:
                 assert "1024" in error["message"]
 
 
-async def test_zipped_body_and_one_that_is_not_what_it_says() -> None:
+async def test_zipped_body_and_one_that_is_not_what_it_says(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async with serving() as served:
         headers = {"Content-Encoding": "gzip"}
         data = gzip.compress(json.dumps(HELLO).encode())
@@ -94,7 +97,38 @@ async def test_zipped_body_and_one_that_is_not_what_it_says() -> None:
             assert response.status == 200
         async with served.session.post(CHAT, data=b"plain", headers=headers) as response:
             assert response.status == 400
-            assert (await response.json())["error"]["type"] == "invalid_request_error"
+            error = (await response.json())["error"]
+            assert error["type"] == "invalid_request_error"
+            assert error["message"] == (
+                "the body cannot be read: Can not decode content-encoding: gzip"
+            )
+        assert not caplog.records
+
+
+NOT_HTTP = [
+    b"GARBAGE\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
+    b"GET / HTTP/9.9\r\n\r\n",
+    b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
+    b"GET / HTTP/1.1\r\nX: " + b"a" * 20_000 + b"\r\n\r\n",
+    b"GET / HTTP/1.1\r\n" + b"X: a\r\n" * 1000 + b"\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nContent-Length: two\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+]
+
+
+@pytest.mark.parametrize("sent", NOT_HTTP)
+async def test_what_is_not_http_gets_the_same_shape_and_no_traceback(
+    sent: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving() as served:
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        writer.write(sent)
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+        assert head.split()[1] == b"400" and b"application/json" in head
+        assert json.loads(body)["error"]["code"] == "invalid_http"
+        assert not caplog.records
 
 
 async def test_request_id_is_kept_or_made() -> None:

@@ -104,7 +104,7 @@ async def test_stop_string_never_shows() -> None:
         text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
         assert text == "a "
         assert chunks[-1]["choices"][0]["stop_reason"] == "STOP"
-        assert served.engine.aborted == ["chatcmpl-x-0"]
+        assert served.engine.stopped == ["chatcmpl-x-0"] and not served.engine.aborted
 
 
 async def test_choices_interleave() -> None:

@@ -163,6 +163,18 @@ async def test_from_start_to_end(tmp_path: Path, executors: dict[str, FakeExecut
         assert not (tmp_path / "q.sock").exists()
 
 
+async def test_without_a_watcher_the_stages_are_logged(
+    tmp_path: Path, executors: dict[str, FakeExecutor]
+) -> None:
+    settings, log = settings_for(tmp_path, "a"), StringIO()
+    running = asyncio.create_task(Service(settings, Environment(), lambda: settings, log).run())
+    while "model ready" not in log.getvalue():
+        await asyncio.sleep(0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await running == 0
+    assert log.getvalue().count('"stage":"weights","event":"loading"') == 1
+
+
 async def test_tcp_and_unix_are_one_daemon(
     tmp_path: Path, executors: dict[str, FakeExecutor]
 ) -> None:

@@ -146,12 +146,24 @@ INLINE void score_rows(int nr, const float *q, const float *keys, float *scores,
     }
 }
 
+/* Asks for the next group of keys and for the values of this one, which follow it: blocks lie
+ * anywhere in the pool, so the processor cannot guess where the next begins. */
+INLINE void prefetch_blocks(const char *const *blocks, int64_t first, int64_t last, int64_t bytes) {
+    for (int64_t b = first; b < last; b++)
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(blocks[b] + at, 0, 2);
+}
+
 /* scores of all rows for the keys [start, stop) of a span, in whole groups; what lies outside
  * [start, stop) is garbage. */
 INLINE void score_span(const struct attention *a, const struct tile *t, const struct scratch *w,
-                       const char *const *blocks, int64_t start, int64_t stop, int dtype) {
+                       const char *const *blocks, const char *const *values, int64_t start,
+                       int64_t stop, int dtype) {
     int64_t d = a->head_dim, steps = in_pairs(dtype) ? d / 2 : d;
     for (int64_t at = start / GROUP * GROUP; at < stop; at += GROUP) {
+        int64_t first = max64(start, at) / BLOCK, next = (at + GROUP) / BLOCK;
+        int64_t last = ceil_div(stop, BLOCK), bytes = BLOCK * d * size_of(dtype);
+        prefetch_blocks(values, first, min64(next, last), bytes);
+        prefetch_blocks(blocks, next, min64(next + GROUP / BLOCK, last), bytes);
         for (int64_t b = 0; b < GROUP / BLOCK; b++) {
             int64_t key = at + b * BLOCK;
             if (key + BLOCK <= start || key >= stop) continue;
@@ -262,7 +274,7 @@ INLINE void attend_span(const struct attention *a, const struct tile *t, const s
         keys[b] = a->k_pool + at;
         values[b] = a->v_pool + at;
     }
-    score_span(a, t, w, keys, start, stop, dtype);
+    score_span(a, t, w, keys, values, start, stop, dtype);
     for (int64_t r = 0; r < t->rows; r++) {
         int64_t position = t->first_position + r / a->group;
         softmax_row(w->scores + r * SPAN, start / VL * VL, ceil_div(stop, VL) * VL,
@@ -466,7 +478,8 @@ EXPORT int NAME(paged_attention)(int num_threads, int dtype, int64_t rows, int64
     a.thread_scratch = scratch + plans;
     place_partials(&a, (float *)(scratch + plans + threads),
                    (_Atomic int32_t *)(scratch + plans + threads + parts));
-    if (work < 1 << 17) num_threads = 1;
+    /* Some 25 us of work: a team that waits for one late member can lose more than it saves. */
+    if (work < 1 << 20) num_threads = 1;
     quantd_parallel(num_threads, tasks, attention_task, &a);
     return 0;
 }

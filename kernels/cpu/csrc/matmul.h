@@ -7,6 +7,8 @@
 #include "parallel.h"
 #include "vec.h"
 
+#include <stdbool.h>
+
 enum {
     PANEL = 32,       /* columns of the output that lie together in the packed weight */
     DEPTH = 256,      /* products in one sum */
@@ -50,15 +52,15 @@ static void tile_task(void *context, int64_t tile, int slot) {
 }
 
 /* total[r][0:PANEL] (+)= sum over i < depth of x[i][r] * weight[i][0:PANEL], for nr rows. */
-INLINE void multiply_rows(int nr, const float *x, int64_t x_step, const float *weight,
-                          int64_t depth, float *total, int first) {
+INLINE void multiply_rows(int nr, const float *x, int64_t x_step, const char *weight,
+                          int64_t depth, float *total, int first, int dtype) {
     for (int64_t at = 0; at < PANEL; at += COLUMN_VECTORS * VL) {
         vf sum[ROW_TILE][COLUMN_VECTORS];
         for (int r = 0; r < nr; r++)
             for (int v = 0; v < COLUMN_VECTORS; v++) sum[r][v] = vf_set(0);
         for (int64_t i = 0; i < depth; i++) {
             vf w[COLUMN_VECTORS];
-            for (int v = 0; v < COLUMN_VECTORS; v++) w[v] = vf_loadf(weight + i * PANEL + at + v * VL);
+            for (int v = 0; v < COLUMN_VECTORS; v++) w[v] = vf_load(weight, i * PANEL + at + v * VL, dtype);
             for (int r = 0; r < nr; r++) {
                 vf b = vf_set(x[i * x_step + r]);
                 for (int v = 0; v < COLUMN_VECTORS; v++) sum[r][v] = vf_fma(b, w[v], sum[r][v]);
@@ -73,16 +75,17 @@ INLINE void multiply_rows(int nr, const float *x, int64_t x_step, const float *w
     }
 }
 
-static void multiply_tile(int64_t rows, const float *x, const float *weight, int64_t depth,
-                          float *total, int first) {
+INLINE void multiply_tile(int64_t rows, const float *x, const char *weight, int64_t depth,
+                          float *total, int first, int dtype) {
     int64_t r = 0;
-#define ROWS(nr)                      \
-    for (; r + nr <= rows; r += nr)   \
-        multiply_rows(nr, x + r, rows, weight, depth, total + r * PANEL, first);
+#define ROWS(nr)                    \
+    for (; r + nr <= rows; r += nr) \
+        multiply_rows(nr, x + r, rows, weight, depth, total + r * PANEL, first, dtype);
     ROWS(ROW_TILE)
 #if VL == 16
-    ROWS(6)
-    ROWS(3)
+    ROWS(8)
+    ROWS(4)
+    ROWS(2)
 #endif
     ROWS(1)
 #undef ROWS
@@ -102,28 +105,36 @@ INLINE void store_totals(const struct linear *a, const float *total, int64_t sta
         }
 }
 
-static void linear_task(void *context, int64_t task, int slot) {
-    const struct linear *a = context;
-    struct linear_scratch *s = (struct linear_scratch *)a->thread_scratch + slot;
+INLINE void multiply_panel(const struct linear *a, int64_t task, struct linear_scratch *s,
+                           int dtype) {
     int64_t panel = task % a->panels, first_tile = task / a->panels * CHUNK_TILES;
     int64_t last_tile = min64(ceil_div(a->rows, ROW_TILE), first_tile + CHUNK_TILES);
     for (int64_t at = 0; at < a->k; at += DEPTH) {
-        int64_t depth = min64(DEPTH, a->k - at), from = (panel * a->k + at) * PANEL;
-        const float *weight = s->weight;
-        if (a->dtype == F32) weight = (const float *)a->weight + from;
-        if (a->dtype == BF16) widen(a->weight + 2 * from, s->weight, depth * PANEL, BF16);
-        if (a->dtype == F16) widen(a->weight + 2 * from, s->weight, depth * PANEL, F16);
+        int64_t depth = min64(DEPTH, a->k - at);
+        const char *weight = a->weight + (panel * a->k + at) * PANEL * size_of(dtype);
+        /* Widening beforehand pays when the block is read more than once. */
+        bool wide = dtype != F32 && a->rows > ROW_TILE / 2;
+        if (wide) widen(weight, s->weight, depth * PANEL, dtype);
         for (int64_t tile = first_tile; tile < last_tile; tile++) {
             int64_t rows = rows_of_tile(a, tile);
             const float *x = a->tiles + tile * ROW_TILE * a->k + at * rows;
-            multiply_tile(rows, x, weight, depth, s->total + (tile - first_tile) * ROW_TILE * PANEL,
-                          at == 0);
+            float *total = s->total + (tile - first_tile) * ROW_TILE * PANEL;
+            if (wide)
+                multiply_tile(rows, x, (const char *)s->weight, depth, total, at == 0, F32);
+            else
+                multiply_tile(rows, x, weight, depth, total, at == 0, dtype);
         }
     }
     int64_t start = first_tile * ROW_TILE, stop = min64(a->rows, last_tile * ROW_TILE);
-    if (a->dtype == F32) store_totals(a, s->total, start, stop, panel * PANEL, F32);
-    if (a->dtype == BF16) store_totals(a, s->total, start, stop, panel * PANEL, BF16);
-    if (a->dtype == F16) store_totals(a, s->total, start, stop, panel * PANEL, F16);
+    store_totals(a, s->total, start, stop, panel * PANEL, dtype);
+}
+
+static void linear_task(void *context, int64_t task, int slot) {
+    const struct linear *a = context;
+    struct linear_scratch *s = (struct linear_scratch *)a->thread_scratch + slot;
+    if (a->dtype == F32) multiply_panel(a, task, s, F32);
+    if (a->dtype == BF16) multiply_panel(a, task, s, BF16);
+    if (a->dtype == F16) multiply_panel(a, task, s, F16);
 }
 
 /* out [rows, n] = x [rows, k] (rows x_row elements apart) . weight + bias, all of one dtype. The

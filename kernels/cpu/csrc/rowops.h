@@ -145,8 +145,8 @@ EXPORT int NAME(act_and_mul)(int num_threads, int dtype, int activation, const c
     struct gate a = {.gate_up = gate_up, .out = out, .rows = rows, .width = width,
                      .activation = activation, .dtype = dtype};
     /* A multiple of every VL, so that where a task begins never changes a lane's company. */
-    a.columns_per_task = min64(width, TASK_ELEMENTS / 4);
-    a.rows_per_task = max64(1, TASK_ELEMENTS / 4 / width);
+    a.columns_per_task = min64(width, TASK_ELEMENTS / 2);
+    a.rows_per_task = max64(1, TASK_ELEMENTS / 2 / width);
     a.tasks_per_row = ceil_div(width, a.columns_per_task);
     quantd_parallel(num_threads, ceil_div(rows, a.rows_per_task) * a.tasks_per_row, gate_task, &a);
     return 0;
