@@ -27,14 +27,15 @@ _ADDRESS = re.compile(rb"http://127\.0\.0\.1:(\d+)")
 
 
 class Daemon:
-    """`quantd serve` with a configuration of its own, as a process; a context."""
+    """`quantd serve` with the embedded model, loaded or not, as a process; a context."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, preload: bool) -> None:
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
         self._log = folder / "log"
-        (folder / "config.toml").write_text("")
-        self._command = [sys.executable, "-m", "quantd.daemon", "serve", *arguments]
+        model = f'[models.demo]\npath = "demo"\npreload = {str(preload).lower()}\n'
+        (folder / "config.toml").write_text(model)
+        self._command = [sys.executable, "-m", "quantd.daemon", "serve"]
         self._command += ["--config", str(folder / "config.toml"), "--port", "0"]
         self._command += ["--socket", str(folder / "quantd.sock")]
 
@@ -84,10 +85,9 @@ def _cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def at_rest(model: str, seconds: float) -> dict[str, Any]:
-    """Start with `model` ("none" or "demo"), wait until ready, then watch for `seconds`."""
-    arguments = [model] if model != "none" else ["--no-models"]
-    with Daemon(*arguments) as daemon:
+def at_rest(preload: bool, seconds: float) -> dict[str, Any]:
+    """Start, wait until ready, then watch for `seconds`."""
+    with Daemon(preload) as daemon:
         health = daemon.wait_for("/health")
         ready = daemon.wait_for("/ready")
         time.sleep(1)
@@ -106,7 +106,7 @@ def time_to_health(rounds: int) -> list[float]:
     """Process start to the first answer of /health, without a model."""
     times = []
     for _ in range(rounds):
-        with Daemon("--no-models") as daemon:
+        with Daemon(preload=False) as daemon:
             times.append(daemon.wait_for("/health"))
     return times
 
@@ -124,9 +124,9 @@ def main() -> None:
         "health_s": {"median": statistics.median(times), "min": min(times), "max": max(times)},
     }
     print("process start to /health, s:", record["health_s"])
-    for model in ("none", "demo"):
-        record[model] = at_rest(model, arguments.seconds)
-        print(f"model {model}:", record[model], flush=True)
+    for name, preload in (("without a model", False), ("with one", True)):
+        record[name] = at_rest(preload, arguments.seconds)
+        print(f"{name}:", record[name], flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(record, indent=1))
 
