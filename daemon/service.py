@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _log = structlog.get_logger("quantd.service")
 
 _CLOSE_SECONDS = 5.0
-"""How long handlers may take to write their last bytes when all models have ended."""
+"""How long each step of the end may take beside what runs: ending workers, last bytes."""
 _FREEZE_SECONDS = 1.0
 
 OnModels = Callable[["list[ModelStatus]"], None]
@@ -36,7 +37,10 @@ OnModels = Callable[["list[ModelStatus]"], None]
 def run(service: Service) -> int:
     """Runs the daemon to its end; returns the exit status. Main thread only."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(service.run())
+        status = runner.run(service.run())
+        if service.is_stuck:
+            os._exit(status)  # the runner would wait for what is stuck
+        return status
 
 
 class Service:
@@ -58,6 +62,8 @@ class Service:
         self._log_stream = log_stream
         self._on_models = on_models
         self._notifier = Notifier(environment.notify_socket)
+        self.is_stuck = False
+        """Something did not end in its time, and may never."""
         self._stages: dict[str, str] = {}
         """What each loading model was at when its last change was logged."""
         self._stop = asyncio.Event()
@@ -126,26 +132,29 @@ class Service:
     async def _end(self, faces: Faces) -> int:
         """Lets running requests finish, ends the models, then the connections."""
         seconds = self._settings.server.drain_seconds
-        self._notifier.stopping(seconds + 2 * _CLOSE_SECONDS)
+        self._notifier.stopping(seconds + 4 * _CLOSE_SECONDS)
         self._notifier.status("finishing the running requests")
         _log.info("stopping", drain_seconds=seconds)
         faces.release_inherited()
-        await self._unless_cut(self._fleet.drain(seconds))
-        await self._fleet.close()
-        await self._unless_cut(faces.close())
+        await self._within(seconds + _CLOSE_SECONDS, "requests", self._fleet.drain(seconds))
+        await self._within(_CLOSE_SECONDS, "models", self._fleet.close())
+        await self._within(_CLOSE_SECONDS, "connections", faces.close())
         _log.info("stopped")
         return int(self._stop_now.is_set())
 
-    async def _unless_cut(self, work: Coroutine[Any, Any, object]) -> None:
-        """Waits for `work`, until the second signal."""
+    async def _within(self, seconds: float, what: str, work: Coroutine[Any, Any, object]) -> None:
+        """Waits for `work`, but not longer than this, and not after the second signal."""
         task = asyncio.create_task(work)
         now = asyncio.create_task(self._stop_now.wait())
-        await asyncio.wait((task, now), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, now), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         now.cancel()
-        if not task.done():
-            task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        if task.done():
+            task.result()
+            return
+        if not self._stop_now.is_set():
+            _log.error("the end takes too long and is cut short", what=what)
+            self.is_stuck = True
+        task.cancel()
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()

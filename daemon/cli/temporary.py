@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from quantd.daemon.cli.screen import Spinner, bar
 
 _POLL_SECONDS = 0.05
 _STOP_SECONDS = 10.0
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
 
 
 @contextmanager
@@ -34,13 +37,23 @@ def temporary_daemon(model: str | None, config: str | None) -> Iterator[Target]:
         with (Path(folder) / "log").open("w+b") as log:
             # A group of its own: Ctrl-C stops the answer and not the daemon.
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                process_group=0,
+                preexec_fn=_end_with_parent,
             )
             try:
                 _wait(process, Target(path), Path(log.name))
                 yield Target(path)
             finally:
                 _stop(process)
+
+
+def _end_with_parent() -> None:
+    """In the child: SIGTERM when the command is killed, so that no daemon is left behind."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait(process: subprocess.Popen[bytes], daemon: Target, log: Path) -> None:

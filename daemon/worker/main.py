@@ -133,9 +133,6 @@ class _Reporter:
 
 def _make_runner(load: LoadModel, on_progress: OnProgress) -> StepRunner:
     on_progress(LoadProgress("importing", 0, 0))
-    # Read by the OpenMP runtime as torch loads it. Threads that spin at the end of each parallel
-    # region would use the cores that their own siblings wait for as soon as anything else runs.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from quantd.daemon.worker.runner import Runner
 
     return Runner(load, on_progress)

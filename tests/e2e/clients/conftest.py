@@ -1,4 +1,4 @@
-"""The daemons that the SDKs talk to: `demo`, and `strict`, which refuses much.
+"""The daemons that the SDKs talk to: the demo, and one that refuses much.
 
 A suite that runs in a process of its own (another generation of an SDK, another language) gets
 their addresses in the environment, so that all suites share the two.
@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from harness import Daemon, Server
 
-API_KEY = "sk-strict"
 _VARIABLE = "QUANTD_TEST_SERVERS"
+_KEY = "sk-strict"
 _STRICT = """
 [server]
 api_keys_file = "keys"
@@ -35,37 +33,43 @@ preload = false
 """
 
 
-class Servers(NamedTuple):
-    demo: Server
-    strict: Server
-    """One request runs, one waits; a key, small bodies, and a model that does not load."""
-
-    def environment(self) -> dict[str, str]:
-        """Of a process that shall talk to these."""
-        addresses = [[server.port, str(server.socket)] for server in self]
-        return os.environ | {_VARIABLE: json.dumps(addresses), "QUANTD_TEST_KEY": API_KEY}
+def _given(name: str) -> Server | None:
+    servers = json.loads(os.environ.get(_VARIABLE, "{}"))
+    return Server(servers[name]["port"], Path(servers[name]["socket"])) if servers else None
 
 
 @pytest.fixture(scope="session")
-def servers(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Servers]:
-    given = os.environ.get(_VARIABLE)
+def demo_server(request: pytest.FixtureRequest) -> Server:
+    return _given("demo") or request.getfixturevalue("demo")
+
+
+@pytest.fixture(scope="session")
+def strict_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """It wants `api_key`; one request runs and one waits; bodies are small; one of its models
+    does not load."""
+    given = _given("strict")
     if given is not None:
-        yield Servers(*(Server(port, Path(socket)) for port, socket in json.loads(given)))
+        yield given
         return
     folder = tmp_path_factory.mktemp("strict")
-    (folder / "keys").write_text(f"tests:{API_KEY}\n")
+    (folder / "keys").write_text(f"tests:{_KEY}\n")
     (folder / "config.toml").write_text(_STRICT)
-    strict = Daemon("--config", str(folder / "config.toml"))
-    yield Servers(request.getfixturevalue("demo"), strict)
-    strict.stop()
+    daemon = Daemon("--config", str(folder / "config.toml"))
+    yield daemon
+    daemon.stop()
 
 
 @pytest.fixture(scope="session")
-def former_openai() -> Path:
-    """Where the former generation of the SDK is, beside the environment's own one."""
-    folder = Path(sys.prefix) / "openai2"
-    if not (folder / "openai").is_dir():
-        pytest.skip(f"{folder} is not there; `make test` makes it")
-    return folder
+def api_key() -> str:
+    """The one that the strict server wants."""
+    return _KEY
+
+
+@pytest.fixture(scope="session")
+def environment(demo_server: Server, strict_server: Server) -> dict[str, str]:
+    """Of a process that shall talk to these servers."""
+    servers = {
+        name: {"port": server.port, "url": server.url, "socket": str(server.socket)}
+        for name, server in (("demo", demo_server), ("strict", strict_server))
+    }
+    return os.environ | {_VARIABLE: json.dumps(servers), "QUANTD_TEST_KEY": _KEY}

@@ -1,0 +1,58 @@
+"""SDKs that need a process of their own: the former generation in Python, and JavaScript."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.xdist_group("clients")
+
+HERE = Path(__file__).parent
+FORMER = Path(sys.prefix) / "openai2"
+JS = HERE / "js"
+SECONDS = 240
+
+
+def run(command: list[str], environment: dict[str, str], folder: Path) -> str:
+    """Its output; the test fails with it when the command does."""
+    done = subprocess.run(
+        command,
+        env=environment,
+        cwd=folder,
+        timeout=SECONDS,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.mark.skipif(not FORMER.is_dir(), reason=f"no {FORMER}; `make test` makes it")
+def test_former_openai(environment: dict[str, str]) -> None:
+    """The suite of the present generation, word for word."""
+    path = os.pathsep.join([str(FORMER), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    suite = str(HERE / "test_openai_sdk.py")
+    root = HERE.parents[2]
+    which = [sys.executable, "-c", "import openai; print(openai.__version__)"]
+    assert run(which, environment | {"PYTHONPATH": path}, root).startswith("2.")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", suite]
+    output = run(command, environment | {"PYTHONPATH": path}, root)
+    assert " passed" in output and "skipped" not in output, output
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+@pytest.mark.skipif(
+    not (JS / "node_modules").is_dir(), reason=f"no {JS}/node_modules; `make test` makes it"
+)
+def test_javascript(environment: dict[str, str]) -> None:
+    command = ["node", "--test", "--test-reporter=tap", "openai.test.mjs"]
+    output = run(command, environment, JS)
+    assert re.search(r"^# pass [1-9]", output, re.MULTILINE), output
