@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import structlog
@@ -133,7 +134,10 @@ async def _open_output(name: str) -> tuple[_OutputLines, int]:
     try:
         await loop.connect_read_pipe(lambda: output, pipe)
     except BaseException:
-        pipe.close()
         os.close(write_fd)
+        # uvloop has closed the descriptor itself when it was cancelled; an error from here would
+        # take the cancellation's place, and the model would be started again.
+        with suppress(OSError):
+            pipe.close()
         raise
     return output, write_fd

@@ -205,6 +205,21 @@ def test_a_cancelled_load_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPat
     run(main())
 
 
+@pytest.mark.parametrize("turns", range(6))
+def test_a_load_that_is_cancelled_at_once_is_cancelled(run: Run, turns: int) -> None:
+    """Also between two steps of starting the process, where each loop closes what it has opened."""
+
+    async def main() -> None:
+        load = asyncio.create_task(start("slow"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        load.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await load
+
+    run(main())
+
+
 def test_a_worker_that_ignores_the_close_is_killed(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
