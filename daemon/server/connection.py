@@ -17,6 +17,7 @@ _log = structlog.get_logger("quantd.server")
 
 _OPTIONS: dict[str, Any] = {
     "keepalive_timeout": 120.0,  # seconds; longer than the SDKs' own pools keep a connection
+    "auto_decompress": False,  # `read_body` does it, within bounds
     "access_log": None,  # a line per request would cost more than some requests
 }
 

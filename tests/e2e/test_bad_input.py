@@ -7,12 +7,21 @@ import gzip
 import http.client
 import json
 import random
+import re
 import socket
-from collections.abc import Callable, Iterator
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from itertools import count
 from typing import Any
 
+import msgspec
+import psutil
 import pytest
 from harness import Daemon
+
+from quantd.daemon.server import schemas
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -33,12 +42,15 @@ def daemon() -> Iterator[Daemon]:
     daemon.stop()
 
 
-class Client:
+class Client(AbstractContextManager["Client"]):
     """One keep-alive connection; every answer is checked for its shape."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=120)
         self.num_connects = 0
+
+    def __exit__(self, *error: object) -> None:
+        self._connection.close()
 
     def post(self, path: str, body: object, **headers: str) -> tuple[int, dict[str, Any]]:
         """Status, and the error object of what is not a 200."""
@@ -65,7 +77,12 @@ class Client:
 def client(daemon: Daemon) -> Iterator[Client]:
     """When the test has ended, the daemon still answers, and has nothing to report."""
     client = Client(daemon)
-    yield client
+    with client:
+        yield client
+        check_health(client, daemon)
+
+
+def check_health(client: Client, daemon: Daemon) -> None:
     for path, body in BODIES.items():
         assert client.post(path, body)[0] == 200
     log = daemon.log.read_text()
@@ -210,6 +227,7 @@ def chat(content: str) -> dict[str, Any]:
     return BODIES[CHAT] | {"messages": [{"role": "user", "content": content}]}
 
 
+_KWARGS = "chat_template_kwargs"
 TABLE: list[tuple[str, object, str | None, str]] = [
     (CHAT, b"", None, "no body"),
     (CHAT, b'{"model": "demo"', None, "not JSON"),
@@ -270,67 +288,72 @@ def test_paths_and_methods(client: Client, daemon: Daemon) -> None:
     assert daemon.request("BREW", CHAT, b"{}")[0] in (400, 405)
 
 
+def test_a_zip_bomb_is_not_unpacked(client: Client, daemon: Daemon) -> None:
+    packer = zlib.compressobj(wbits=-15)
+    megabyte = packer.compress(b"x" * 1_000_000) + packer.flush(zlib.Z_FULL_FLUSH)
+    bomb = b"\x1f\x8b\x08" + bytes(7) + megabyte * 10_000
+    process = psutil.Process(daemon.process.pid)
+    before = process.cpu_times().user
+    for path, expected in ((CHAT, 413), ("/nowhere", 404)):
+        assert client.post(path, bomb, **{"Content-Encoding": "gzip"})[0] == expected
+    assert daemon.get("/health")[0] == 200  # after the rest of the body was thrown away
+    # Ten gigabytes are ten seconds.
+    assert process.cpu_times().user - before < 3
+
+
 # --- below HTTP -----------------------------------------------------------------------------
-
-
-def talk(daemon: Daemon, sent: bytes) -> bytes:
-    """All that comes back for these bytes, after which the daemon hears no more."""
-    with socket.create_connection(("127.0.0.1", daemon.port), timeout=120) as connection:
-        connection.sendall(sent)
-        connection.shutdown(socket.SHUT_WR)
-        return connection.makefile("rb").read()
-
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
 NOT_HTTP = [
     b"hello\r\n\r\n",
-    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
     b"GET / HTTP/7.0\r\n\r\n",
+    b"GET / HTTP/1.1\r\n\r\n",  # no Host
     b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\n\r\n",
     HEAD + b"X: " + b"a" * 20_000 + b"\r\n\r\n",
     HEAD + b"".join(b"X-%d: a\r\n" % i for i in range(1000)) + b"\r\n",
     HEAD + b"Content-Length: -1\r\n\r\n",
+    HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
     HEAD + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}",
     HEAD + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n",
 ]
 
 
+def connection_to(daemon: Daemon) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", daemon.port), timeout=120)
+
+
 @pytest.mark.parametrize("sent", NOT_HTTP, ids=count())
 def test_what_is_not_http(client: Client, daemon: Daemon, sent: bytes) -> None:
-    answer = http.client.HTTPResponse(_Fake(talk(daemon, sent)))
-    answer.begin()
-    assert answer.status == 400
-    error = json.loads(answer.read())["error"]
+    with connection_to(daemon) as connection:
+        connection.sendall(sent)
+        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    assert head.split()[1] == b"400" and b"Content-Type: application/json" in head
+    error = json.loads(body)["error"]
     assert error["code"] == "invalid_http" and error["message"]
 
 
-class _Fake:
-    """What http.client wants to see of a socket."""
-
-    def __init__(self, received: bytes) -> None:
-        self._received = received
-
-    def makefile(self, mode: str) -> io.BytesIO:
-        return io.BytesIO(self._received)
+def completion(number: int) -> bytes:
+    """A whole request; its answer has 1 + number % 3 tokens."""
+    body = json.dumps(BODIES[COMPLETIONS] | {"max_tokens": 1 + number % 3, "ignore_eos": True})
+    head = b"x-request-id: %d\r\nContent-Length: %d\r\n\r\n" % (number, len(body))
+    return HEAD + head + body.encode()
 
 
 def test_half_a_request_and_no_more(client: Client, daemon: Daemon) -> None:
-    body = json.dumps(BODIES[COMPLETIONS]).encode()
-    whole = HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
-    for stop in range(0, len(whole), 7):
-        answer = talk(daemon, whole[:stop])
-        assert b" 200 OK" not in answer
-    daemon.wait_metric("quantd_requests_running", 0)
+    whole = completion(0)
+    for stop in range(0, len(whole), 3):
+        with connection_to(daemon) as connection:
+            connection.sendall(whole[:stop])
+    assert daemon.metric("quantd_requests_running") == 0
 
 
-def test_pipelining_keeps_the_order(client: Client, daemon: Daemon) -> None:
-    requests = b""
-    for number in range(100):
-        body = json.dumps(BODIES[COMPLETIONS] | {"max_tokens": 1 + number % 3}).encode()
-        requests += HEAD + b"x-request-id: %d\r\nContent-Length: %d\r\n\r\n" % (number, len(body))
-        requests += body
-    with socket.create_connection(("127.0.0.1", daemon.port), timeout=120) as connection:
-        connection.sendall(requests)
+def test_pipelined_requests_are_answered_in_order(client: Client, daemon: Daemon) -> None:
+    with connection_to(daemon) as connection:
+        connection.sendall(b"".join(map(completion, range(100))))
         for number in range(100):
-            answer = http.client.HTTPResponse(connection)
-            answer.begin()
+            response = http.client.HTTPResponse(connection)
+            response.begin()
+            usage = json.loads(response.read())["usage"]
+            assert response.headers["x-request-id"] == str(number)
+            assert usage["completion_tokens"] == 1 + number % 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +96,25 @@ async def test_zipped_body_and_one_that_is_not_what_it_says(
         data = gzip.compress(json.dumps(HELLO).encode())
         async with served.session.post(CHAT, data=data, headers=headers) as response:
             assert response.status == 200
-        async with served.session.post(CHAT, data=b"plain", headers=headers) as response:
+        deflated = zlib.compress(json.dumps(HELLO).encode())
+        async with served.session.post(
+            CHAT, data=deflated, headers={"Content-Encoding": "Deflate"}
+        ) as response:
+            assert response.status == 200
+        for wrong, word in (
+            (b"plain", "incorrect header"),
+            (data[:-9], "ends early"),
+            (data + b"x", "goes on"),
+            (b"", "ends early"),
+        ):
+            async with served.session.post(CHAT, data=wrong, headers=headers) as response:
+                assert response.status == 400
+                error = (await response.json())["error"]
+                assert error["code"] == "invalid_body" and word in error["message"]
+        headers = {"Content-Encoding": "br"}
+        async with served.session.post(CHAT, data=data, headers=headers) as response:
             assert response.status == 400
-            error = (await response.json())["error"]
-            assert error["type"] == "invalid_request_error"
-            assert error["message"] == (
-                "the body cannot be read: Can not decode content-encoding: gzip"
-            )
+            assert "'br' is not supported" in (await response.json())["error"]["message"]
         assert not caplog.records
 
 
