@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # The newest release of the tested range; a torch that is already in the environment is kept.
 TORCH  ?= torch==2.13.0
 
-.PHONY: help serve stop test check lint types imports test-clients bench clean
+.PHONY: help serve stop test test-systemd check lint types imports bench clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -46,6 +46,11 @@ stop:  ## end the daemon that `make serve` started
 
 test: $(VENV)/.dev $(VENV)/.openai2 tests/e2e/clients/js/node_modules  ## run the tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not gpu"
+
+ROOT := $(abspath $(VENV))/debian
+test-systemd: $(VENV)/.dev  ## the units in a booted container: root, debootstrap, systemd-nspawn
+	@test -d $(ROOT)/etc || debootstrap --variant=minbase --include=systemd,dbus bookworm $(ROOT)
+	QUANTD_TEST_ROOT=$(ROOT) $(BIN)/python -m pytest -q tests/e2e/test_nspawn.py
 
 lint: $(VENV)/.dev  ## ruff
 	$(BIN)/ruff check .
