@@ -95,10 +95,12 @@ class Server:
 
 
 class Daemon(Server):
-    """`quantd serve ARGUMENTS` on a free port and a socket in a folder of its own."""
+    """`quantd serve ARGUMENTS` on a free port and a socket in `folder`, by default a new one."""
 
-    def __init__(self, *arguments: str, wait_ready: bool = True) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="quantd-test-"))
+    def __init__(
+        self, *arguments: str, wait_ready: bool = True, folder: Path | None = None
+    ) -> None:
+        self.folder = folder or Path(tempfile.mkdtemp(prefix="quantd-test-"))
         self.socket = self.folder / "quantd.sock"
         self.log = self.folder / "log"
         listen = ["--port", "0", "--socket", str(self.socket)]

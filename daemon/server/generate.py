@@ -180,12 +180,11 @@ def _submit(made: Generation, lease: Lease, arrival: float, caller: str) -> None
     """All or none: when a later one is refused, the caller's `finally` aborts the earlier ones."""
     options, info, choices = made.options, lease.info, made.choices
     context = usable_context(info)
+    shared = options.for_model(lease.text, info.vocab_size)
     for prompt in made.prompts:
         for index in range(options.n):
             number = len(choices)
-            sampling = options.sampling(
-                lease.text, info.vocab_size, len(prompt.ids), context, index
-            )
+            sampling = options.sampling(shared, len(prompt.ids), context, index)
             request = Request(
                 id=f"{made.id}-{number}",
                 prompt=prompt.ids,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
+MAX_BAD_WORDS = 1024
 MAX_LOGPROBS = 20
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _MAX_INT = (1 << 31) - 1
@@ -143,19 +144,23 @@ class Options:
     include_usage: bool
     service_tier: str | None
 
-    def sampling(
-        self,
-        text: TextModel,
-        vocab_size: int,
-        num_prompt_tokens: int,
-        max_context: int,
-        index: int,
-    ) -> SamplingParams:
-        """For the choice `index` of one prompt. Raises RequestError for ids outside the vocabulary
-        and for a min_tokens that the context has no room for."""
+    def for_model(self, text: TextModel, vocab_size: int) -> SamplingParams:
+        """What all choices share. Raises RequestError for ids outside the vocabulary."""
         check_ids("stop_token_ids", self.stop_token_ids, vocab_size)
         check_ids("allowed_token_ids", self.base.allowed_token_ids or (), vocab_size)
         check_ids("logit_bias", (token for token, _ in self.base.logit_bias), vocab_size)
+        ends = () if self.ignore_eos else text.eos_token_ids
+        return msgspec.structs.replace(
+            self.base,
+            stop_token_ids=tuple(dict.fromkeys((*ends, *self.stop_token_ids))),
+            bad_words=_bad_word_ids(text, self.bad_words),
+        )
+
+    def sampling(
+        self, shared: SamplingParams, num_prompt_tokens: int, max_context: int, index: int
+    ) -> SamplingParams:
+        """For the choice `index` of one prompt; `shared` is of `for_model`. Raises RequestError
+        for a min_tokens that the context has no room for."""
         # Without any room it is 1, and the scheduler's admission says what is too long.
         room = max(1, max_context - num_prompt_tokens)
         max_tokens = room if self.max_tokens is None else self.max_tokens
@@ -164,13 +169,10 @@ class Options:
         if self.base.min_tokens > max_tokens:
             limit = f"at most max_tokens, which is {max_tokens} here"
             raise out_of_range("min_tokens", self.base.min_tokens, limit)
-        ends = () if self.ignore_eos else text.eos_token_ids
         return msgspec.structs.replace(
-            self.base,
+            shared,
             max_tokens=max(1, max_tokens),  # 0: one is computed and dropped
             seed=choice_seed(self.seed, index),
-            stop_token_ids=tuple(dict.fromkeys((*ends, *self.stop_token_ids))),
-            bad_words=_bad_word_ids(text, self.bad_words),
         )
 
 
@@ -205,7 +207,7 @@ def read_options(
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
         ignore_eos=bool(body.ignore_eos),
-        stop_token_ids=_ids("stop_token_ids", body.stop_token_ids or ()),
+        stop_token_ids=_distinct("stop_token_ids", body.stop_token_ids or ()),
         bad_words=_bad_words(body.bad_words),
         priority=integer("priority", body.priority, 0, -(1 << 31), _MAX_INT),
         request_id=body.request_id,
@@ -236,7 +238,7 @@ def _base_params(
         frequency_penalty=_real("frequency_penalty", body.frequency_penalty, 0.0, -2.0, 2.0),
         logit_bias=_logit_bias(body.logit_bias or {}),
         min_tokens=integer("min_tokens", body.min_tokens, 0, 0),
-        allowed_token_ids=None if allowed is None else _ids("allowed_token_ids", allowed),
+        allowed_token_ids=None if allowed is None else _distinct("allowed_token_ids", allowed),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
@@ -296,6 +298,10 @@ def _ids(name: str, values: Iterable[int | float]) -> tuple[int, ...]:
     return tuple(number for value in values if (number := whole(name, value)) is not None)
 
 
+def _distinct(name: str, values: Iterable[int | float]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(_ids(name, values)))
+
+
 def token_ids(name: str, values: Iterable[int | float], vocab_size: int) -> list[int]:
     """Checked ids. Raises RequestError that names the field, the id and the vocabulary's size."""
     ids = _ids(name, values)
@@ -317,9 +323,18 @@ def _truncation(value: int | float | None) -> int | None:
 
 
 def _bad_words(words: list[str] | None) -> tuple[str, ...]:
-    if words is not None and "" in words:
-        raise RequestError("bad_words: a word must have at least 1 character", param="bad_words")
-    return tuple(words or ())
+    words = words or []
+    if len(words) > MAX_BAD_WORDS:
+        raise RequestError(
+            f"bad_words has {len(words)} words; the limit is {MAX_BAD_WORDS}", param="bad_words"
+        )
+    for word in words:
+        if not 1 <= len(word) <= MAX_STOP_CHARS:
+            raise RequestError(
+                f"bad_words: a word has 1 to {MAX_STOP_CHARS} characters, got {len(word)}",
+                param="bad_words",
+            )
+    return tuple(words)
 
 
 def _bad_word_ids(text: TextModel, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:

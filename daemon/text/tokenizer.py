@@ -6,6 +6,7 @@ rendering a long chat take their time and belong in a thread; the rest is for th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,8 @@ class TextModel:
 
         max_context: None takes what config.json says.
         """
+        # Before the library is used: one text at a time gains nothing from its pool of threads.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from tokenizers import Tokenizer
 
         file = path / "tokenizer.json"
@@ -72,7 +75,10 @@ class TextModel:
         that are written out in the text become their ids either way."""
         adds_by_processor = add_special_tokens and self._explicit_ends is None
         try:
-            encoding = self._tokenizer.encode(text, add_special_tokens=adds_by_processor)
+            # Unlike `encode`, it lets other threads run meanwhile, and takes half as long.
+            [encoding] = self._tokenizer.encode_batch_fast(
+                [text], add_special_tokens=adds_by_processor
+            )
         except TypeError:
             _refuse_surrogates(text)
             raise

@@ -106,7 +106,7 @@ def test_a_bad_value_is_refused_by_its_fields_name(client: Client, path: str) ->
     for field in msgspec.structs.fields(FIELDS[path]):
         for value in POISON:
             status, error = client.post(path, BODIES[path] | {field.name: value})
-            if status != 200:
+            if status != 200 and error["message"] != "give either prompt or messages":
                 assert re.split(r"[.[]", error["param"])[0] == field.name, (value, error)
     assert client.num_connects == 1
 
@@ -234,7 +234,7 @@ TABLE: list[tuple[str, object, str | None, str]] = [
     (CHAT, b'{"model": NaN}', None, "not JSON"),
     (CHAT, b'{"model": "\xff\xfe"}', None, "UTF-8"),
     (CHAT, json.dumps(chat("\ud800")).encode(), None, "not JSON"),
-    (CHAT, b"[" * 1_000_000, None, "nested"),
+    (CHAT, b'{"metadata":' + b"[" * 1_000_000, None, "nested"),
     (CHAT, b'{"metadata":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_001, None, "nested"),
     (CHAT, b"[]", None, "object"),
     (CHAT, {}, "messages", "required"),
@@ -349,11 +349,11 @@ def test_half_a_request_and_no_more(client: Client, daemon: Daemon) -> None:
 
 
 def test_pipelined_requests_are_answered_in_order(client: Client, daemon: Daemon) -> None:
-    with connection_to(daemon) as connection:
+    with connection_to(daemon) as connection, connection.makefile("rb") as received:
         connection.sendall(b"".join(map(completion, range(100))))
         for number in range(100):
-            response = http.client.HTTPResponse(connection)
-            response.begin()
-            usage = json.loads(response.read())["usage"]
-            assert response.headers["x-request-id"] == str(number)
+            assert received.readline() == b"HTTP/1.1 200 OK\r\n"
+            headers = http.client.parse_headers(received)
+            usage = json.loads(received.read(int(headers["Content-Length"])))["usage"]
+            assert headers["x-request-id"] == str(number)
             assert usage["completion_tokens"] == 1 + number % 3
