@@ -20,7 +20,7 @@ from pathlib import Path
 HOST, PORT = "127.0.0.1", int(os.environ.get("PORT", "8420"))
 STATE = Path(sys.prefix)
 PID_FILE, LOG_FILE = STATE / "quantd.pid", STATE / "quantd.log"
-QUESTION = "Sort these numbers: 42, 7, 19, 3"
+QUESTION = "What is 17 + 25?"
 START_SECONDS = 120
 
 

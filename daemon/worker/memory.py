@@ -15,6 +15,7 @@ from quantd.daemon.types import BLOCK_TOKENS
 from quantd.daemon.worker.machine import available_memory
 from quantd.daemon.worker.models.config import ModelConfig
 from quantd.kernels import ops
+from quantd.plugins.api import Refused
 
 _DEFAULT_SEQUENCES = 8
 _DEFAULT_SHARE = 4
@@ -43,7 +44,8 @@ def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 def num_blocks(kv_bytes: int | None, bytes_per_block: int, max_context: int, available: int) -> int:
     """The pool's budget in blocks.
 
-    With `kv_bytes`, that many bytes, and a MemoryError when the machine does not have them now.
+    With `kv_bytes`, that many bytes: a MemoryError when the machine does not have them now, and
+    Refused when they are less than one block, which no later attempt can change.
     Without, enough for eight sequences of the full context, but no more than a quarter of what is
     available now, and at least one block.
     """
@@ -53,7 +55,7 @@ def num_blocks(kv_bytes: int | None, bytes_per_block: int, max_context: int, ava
                 f"kv_bytes is {kv_bytes}, more than the {available} bytes that are available"
             )
         if kv_bytes < bytes_per_block:
-            raise MemoryError(
+            raise Refused(
                 f"kv_bytes is {kv_bytes}, less than the {bytes_per_block} bytes of one block"
             )
         return kv_bytes // bytes_per_block

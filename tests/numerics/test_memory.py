@@ -11,6 +11,7 @@ from quantd.daemon.worker.machine import available_memory, physical_cores
 from quantd.daemon.worker.memory import allocate, num_blocks
 from quantd.daemon.worker.models.config import ModelConfig
 from quantd.daemon.worker.models.families import read_config
+from quantd.plugins.api import Refused
 
 GIB = 1 << 30
 
@@ -44,7 +45,8 @@ def test_number_of_blocks() -> None:
 def test_more_than_there_is_is_an_error() -> None:
     with pytest.raises(MemoryError, match="kv_bytes is 2000, more than the 1999 bytes"):
         num_blocks(2000, 1000, max_context=160, available=1999)
-    with pytest.raises(MemoryError, match="kv_bytes is 999, less than the 1000 bytes"):
+    # No later attempt can change this one.
+    with pytest.raises(Refused, match="kv_bytes is 999, less than the 1000 bytes"):
         num_blocks(999, 1000, max_context=160, available=GIB)
 
 

@@ -161,6 +161,11 @@ def test_contexts() -> None:
             "use_bidirectional_attention is True, must be false",
         ),
         ({"architectures": ["Phi3ForCausalLM"], "attention_bias": True}, "attention_bias is True"),
+        ({"rope_theta": 0}, "rope_theta is 0.0, must be above 0"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}},
+            "rope_theta is -1.0, must be above 0",
+        ),
     ],
 )
 def test_refusals_name_the_field(changes: dict[str, Any], said: str) -> None:

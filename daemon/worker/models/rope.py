@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from quantd.daemon.worker.models.fields import Fields
+from quantd.plugins.api import Refused
 
 _KEYS: dict[str, frozenset[str]] = {
     "default": frozenset(),
@@ -131,9 +132,13 @@ def read_rope(
     if kind != "default":
         stretched = max_positions / original if kind in ("yarn", "longrope") else None
         known["factor"] = fields.number("factor", stretched)
+    theta = fields.number("rope_theta")
+    if theta <= 0:
+        # Not fields.wrong: it may stand outside of this object.
+        raise Refused(f"config.json: rope_theta is {theta}, must be above 0")
     return RopeConfig(
         kind=kind,
-        theta=fields.number("rope_theta"),
+        theta=theta,
         rotary_dim=rotary_dim,
         max_positions=max_positions,
         original=original,
