@@ -18,7 +18,7 @@ from quantd.daemon.worker.loader import (
     load_weights,
     read_json,
 )
-from quantd.daemon.worker.machine import physical_cores
+from quantd.daemon.worker.machine import computes_bfloat16, physical_cores
 from quantd.daemon.worker.memory import KvPools, allocate
 from quantd.daemon.worker.models.config import ModelConfig
 from quantd.daemon.worker.models.decoder import Decoder
@@ -62,13 +62,13 @@ def load_model(load: LoadModel, progress: Progress) -> Model:
     ops.set_num_threads(load.threads or physical_cores())
     source: TensorSource
     if load.load_format == "dummy":
-        dtype = _dtype(load.dtype, config.dtype or "bfloat16")
+        dtype = _dtype(load.dtype, config.dtype or "bfloat16", device)
         tensors = model_tensors(config, dtype)
         shapes = dense_shapes(tensors, config)
         source = DummySource(raw, shapes, dtype, norm=1.0 - config.norm_offset)
     else:
         source = SafetensorsSource(folder, raw)
-        dtype = _dtype(load.dtype, config.dtype or _stored_dtype(source))
+        dtype = _dtype(load.dtype, config.dtype or _stored_dtype(source), device)
         tensors = model_tensors(config, dtype, source.names())
     registry = Registry()
     choices = choose(config, source, tensors, device, registry, parse_rules(load.quantization))
@@ -116,9 +116,12 @@ def _max_context(wanted: int | None, config: ModelConfig) -> int:
     return wanted
 
 
-def _dtype(wanted: str, checkpoint: str) -> torch.dtype:
-    """Of activations, weights that are not quantized, and the KV pools."""
+def _dtype(wanted: str, checkpoint: str, device: torch.device) -> torch.dtype:
+    """Of activations, weights that are not quantized, and the KV pools. "auto" is the checkpoint's
+    own, but float32 for bfloat16 on a processor without such arithmetic."""
     name = checkpoint if wanted == "auto" else wanted
+    if wanted == "auto" and name == "bfloat16" and device.type == "cpu" and not computes_bfloat16():
+        name = "float32"
     if name not in _DTYPES:
         raise Refused(f"dtype is {name!r}, must be bfloat16, float16 or float32")
     return _DTYPES[name]

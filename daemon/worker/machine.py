@@ -7,6 +7,7 @@ from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
 _TOPOLOGY = Path("/sys/devices/system/cpu")
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 def available_memory() -> int:
@@ -25,6 +26,16 @@ def physical_cores() -> int:
     mine = os.sched_getaffinity(0)
     siblings = {_read(_TOPOLOGY / f"cpu{cpu}/topology/thread_siblings_list", cpu) for cpu in mine}
     return max(1, min([len(siblings), *_quotas()]))
+
+
+def computes_bfloat16() -> bool:
+    """Whether the processor has bfloat16 arithmetic; without it, float32 is faster."""
+    flags: set[str] = set()
+    for line in _CPUINFO.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            flags.update(value.split())
+    return not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def _meminfo(key: str) -> int:
