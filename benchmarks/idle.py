@@ -33,7 +33,7 @@ class Daemon:
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
         self._log = folder / "log"
-        model = f'[models.demo]\npath = "demo"\npreload = {str(preload).lower()}\n'
+        model = f'[models.demo]\npath = "embedded:demo"\npreload = {str(preload).lower()}\n'
         (folder / "config.toml").write_text(model)
         self._command = [sys.executable, "-m", "quantd.daemon", "serve"]
         self._command += ["--config", str(folder / "config.toml"), "--port", "0"]

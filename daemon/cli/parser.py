@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from quantd.daemon.config.load import SECTIONS, flag, meanings, rules
 from quantd.daemon.config.rules import OneOf, Rule
 from quantd.daemon.config.settings import ModelSettings
 
 PROGRAM = "quantd"
-Parser = argparse.ArgumentParser
 _NOT_FLAGS = ("name", "path")
+
+
+class Parser(argparse.ArgumentParser):
+    """An error is one line; how it is called is what --help is for."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def new_parser() -> Parser:
@@ -160,7 +166,7 @@ class _Version(argparse.Action):
     def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
         super().__init__(option_strings, dest, nargs=0, help=help)
 
-    def __call__(self, parser: Parser, *_: object) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
 
         print(f"{PROGRAM} {version(PROGRAM)}")

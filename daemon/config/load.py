@@ -135,7 +135,8 @@ def _find(file: Path | None, environment: Environment) -> Path | None:
     for named, origin in ((file, "--config"), (environment.config, "$QUANTD_CONFIG")):
         if named is not None:
             if not named.is_file():
-                raise ConfigError(f"{origin}: there is no file {named}")
+                problem = "is a folder, not a file" if named.is_dir() else "does not exist"
+                raise ConfigError(f"{origin}: {named} {problem}")
             return named
     return next((path for path in environment.config_files() if path.is_file()), None)
 

@@ -33,12 +33,12 @@ def check_context(request: Request, max_context: int) -> None:
         raise RequestError("The prompt is empty: it must have at least one token.", param="prompt")
     if prompt + completion <= max_context:
         return
-    hint = "Please reduce the length of the messages."
+    hint = "Please reduce the length of the prompt."
     if prompt < max_context:
-        hint = "Please reduce the length of the messages or completion."
+        hint = "Please reduce the length of the prompt or completion."
     raise ContextLengthExceeded(
         f"This model's maximum context length is {max_context} tokens. However, you requested "
-        f"{prompt + completion} tokens ({prompt} in the messages, {completion} in the completion). "
+        f"{prompt + completion} tokens ({prompt} in the prompt, {completion} in the completion). "
         f"{hint}",
         param="prompt" if prompt >= max_context else "max_tokens",
     )

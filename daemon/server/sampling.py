@@ -79,11 +79,12 @@ def _above_zero(name: str, value: float | None, high: float) -> float:
 def refuse_unserved(body: object, fields: Iterable[str]) -> None:
     """400 for a field that asks for what is not served: ignoring it would be a wrong answer.
 
-    Null, false and empty ask for nothing; zero does not count as empty.
+    Null, false, "" and [] ask for nothing. Zero asks, and so does {}: it is a schema, or a set of
+    options.
     """
     for name in fields:
         value = getattr(body, name)
-        if value is None or value is False or value in ("", [], {}):
+        if value is None or value is False or value in ("", []):
             continue
         if value in _ASKS_FOR_NOTHING.get(name, ()):
             continue

@@ -38,7 +38,7 @@ def test_over_the_context(prompt: int, completion: int, param: str) -> None:
         check(prompt, completion, num_blocks=64, max_context=100)
     assert caught.value.message.startswith(
         "This model's maximum context length is 100 tokens. However, you requested "
-        f"{prompt + completion} tokens ({prompt} in the messages, {completion} in the completion). "
+        f"{prompt + completion} tokens ({prompt} in the prompt, {completion} in the completion). "
     )
     assert caught.value.param == param
     assert caught.value.error_code == "context_length_exceeded"

@@ -52,7 +52,7 @@ def test_model_flags() -> None:
 def test_flags_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         new_parser().parse_args(["serve", "--por", "1"])
-    assert "unrecognized arguments: --por" in capsys.readouterr().err
+    assert capsys.readouterr().err == "quantd: unrecognized arguments: --por\n"
 
 
 def test_version() -> None:

@@ -205,8 +205,9 @@ def test_a_wrong_environment_names_the_variable(write) -> None:
 
 def test_a_named_file_must_exist(tmp_path: Path) -> None:
     missing = tmp_path / "none.toml"
-    assert fails(missing) == f"--config: there is no file {missing}"
-    with pytest.raises(ConfigError, match=r"^\$QUANTD_CONFIG: there is no file"):
+    assert fails(missing) == f"--config: {missing} does not exist"
+    assert fails(tmp_path) == f"--config: {tmp_path} is a folder, not a file"
+    with pytest.raises(ConfigError, match=r"^\$QUANTD_CONFIG: .* does not exist"):
         load(environment=Environment(config=missing))
 
 
