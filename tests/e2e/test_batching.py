@@ -59,8 +59,8 @@ def test_32_seeded_requests_at_once_equal_each_alone(demo: Daemon) -> None:
 def test_a_pool_so_small_that_requests_are_preempted(
     demo: Daemon, serve: Callable[..., Daemon]
 ) -> None:
-    greedy = bodies(16, temperature=0)
-    seeded = bodies(16, temperature=1.3, seed=lambda i: 1000 + i)
+    greedy = bodies(16, temperature=0, max_tokens=120)
+    seeded = bodies(16, temperature=1.3, seed=lambda i: 1000 + i, max_tokens=120)
     alone = [text(demo, body) for body in greedy + seeded]
     # Room for 256 tokens: a few requests fit at first, and then they grow.
     tiny = serve("demo", "--dtype", "float32", "--threads", "1", "--kv-bytes", "2MiB")

@@ -180,6 +180,14 @@ class Terminal:
         before, _, self.text = self.text.partition(wanted)
         return before
 
+    def interrupt(self) -> None:
+        """Ctrl-C at the prompt, again until something happens: one that comes after the prompt is
+        written and before the program reads is seen only when it has read."""
+        while True:
+            os.kill(self.pid, signal.SIGINT)
+            if select.select([self.master], [], [], 1)[0]:
+                return
+
     def read(self) -> None:
         """Waits for more text."""
         assert select.select([self.master], [], [], 30)[0], self.text
@@ -219,7 +227,7 @@ def test_chat(daemon: Daemon) -> None:
     assert "there is no command /what" in terminal.until(">>> ")
     terminal.type("/help")
     assert "/bye" in terminal.until(">>> ")
-    os.kill(terminal.pid, signal.SIGINT)
+    terminal.interrupt()
     assert "to leave" in terminal.until(">>> ")
     terminal.type("/bye")
     assert terminal.wait() == 0
