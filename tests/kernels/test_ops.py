@@ -115,11 +115,12 @@ def test_native_calls_use_torch_s_threads_and_start_no_others(best: Native) -> N
         pytest.skip("cannot count threads here")
     torch.set_num_threads(3)
     torch.randn(1 << 20).exp()
-    before = len(list(tasks.iterdir()))
+    before = {task.name for task in tasks.iterdir()}
     x = torch.randn(512, 2048)
     for _ in range(3):
         best.act_and_mul(x, "silu")
-    assert len(list(tasks.iterdir())) == before
+    # Not the number: a thread of an earlier test may end meanwhile.
+    assert {task.name for task in tasks.iterdir()} <= before
 
 
 def test_num_threads() -> None:
