@@ -28,7 +28,12 @@ LEVELS = {"portable": []}
 """Each level of the instruction set is the same source compiled with other flags; the one to use
 is chosen when the library is loaded."""
 if platform.machine() in ("x86_64", "AMD64"):
-    LEVELS |= {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+    LEVELS |= {
+        "avx2": AVX2,
+        "avx512": AVX512,
+        "avx512vnni": [*AVX512, "-mavx512vnni"],
+        "avx512bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
+    }
 
 
 def source_digest() -> str:

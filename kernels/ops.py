@@ -10,6 +10,13 @@ import torch
 
 from quantd.kernels import reference
 from quantd.kernels.batch import BLOCK_SIZE, AttentionBatch
+from quantd.kernels.cpu.grouped import (
+    GroupedWeight,
+    grouped_linear,
+    join_grouped,
+    pack_grouped,
+    unpack_grouped,
+)
 from quantd.kernels.cpu.library import Library, open_library
 from quantd.kernels.cpu.linear import (
     LinearWeight,
@@ -20,19 +27,26 @@ from quantd.kernels.cpu.linear import (
     unpack_linear,
 )
 from quantd.kernels.cpu.native import DTYPES, Native
-from quantd.kernels.reference import Activation, copy_blocks, route_experts
+from quantd.kernels.grouped import GroupedCodes
+from quantd.kernels.reference import Activation, copy_blocks, dequantize_grouped, route_experts
 
 __all__ = [
     "BLOCK_SIZE",
     "Activation",
     "AttentionBatch",
+    "GroupedCodes",
+    "GroupedWeight",
     "LinearWeight",
     "act_and_mul",
     "add_rms_norm",
     "copy_blocks",
+    "dequantize_grouped",
+    "grouped_linear",
+    "join_grouped",
     "linear",
     "notes",
     "num_threads",
+    "pack_grouped",
     "pack_linear",
     "paged_attention",
     "rms_norm",
@@ -40,6 +54,7 @@ __all__ = [
     "rotary_write_kv",
     "route_experts",
     "set_num_threads",
+    "unpack_grouped",
     "unpack_linear",
     "write_kv",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ class LinearSpec:
     """Of the activations that come in and go out."""
     bias: bool = False
     """Every part has a bias, or none has."""
+    exact: bool = False
+    """Multiply by the weights exactly as the format defines them, and do not round activations:
+    what a user asks for with dtype = "float32". Otherwise speed may cost a stated error."""
     rank: int = 0
     world: int = 1
     sharded_dim: int | None = None
@@ -113,5 +116,29 @@ class Quantizer(Protocol):
         """Names and shapes that `load` will read, so that a wrong checkpoint is refused before
         memory is taken."""
 
+    def dequantize_rows(self, name: str, source: TensorSource, rows: Tensor) -> Tensor:
+        """fp32 [n, columns]: these rows (int64 [n]) of a tensor of this format. For tables of
+        embeddings. Raises Refused where the format has none."""
+
     def load(self, spec: LinearSpec, source: TensorSource, device: torch.device) -> QuantLinear:
         """Reads and packs; holds no view of the source afterwards. Releases what it read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a user is told of a layer's format."""
+
+    text: str
+    """Bits, group and what is special: "4 bits, groups of 128, act-order"."""
+    nbytes: int
+    """Memory that the layer will hold, padding aside."""
+    route: str
+    """Which kernel multiplies."""
+
+
+@runtime_checkable
+class Describes(Protocol):
+    """What a quantizer may have in addition."""
+
+    def describe(self, spec: LinearSpec, source: TensorSource, device: torch.device) -> Description:
+        """Of a layer that it takes; reads names and headers only."""

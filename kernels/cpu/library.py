@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
+LEVELS = ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16")
 """Instruction sets the library knows, ascending; the numbers that quantd_best_level gives."""
 
 

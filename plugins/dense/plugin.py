@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantd.kernels import ops
-from quantd.plugins.api import LinearSpec, QuantLinear, TensorSource
+from quantd.plugins.api import Description, LinearSpec, QuantLinear, TensorSource
 
 _STORED = frozenset({"BF16", "F16", "F32"})
 
@@ -56,6 +56,17 @@ class DenseQuantizer:
             if spec.bias:
                 shapes[f"{part}.bias"] = (rows,)
         return shapes
+
+    def describe(self, spec: LinearSpec, source: TensorSource, device: torch.device) -> Description:
+        stored = sorted({source.dtype(f"{part}.weight") for part in spec.parts})
+        name = str(spec.dtype).removeprefix("torch.")
+        nbytes = (spec.in_features + spec.bias) * spec.out_features * spec.dtype.itemsize
+        # The route goes by dtype and device, and packing is what decides.
+        route = ops.pack_linear(torch.zeros(1, 1, dtype=spec.dtype, device=device)).route
+        return Description(f"{'/'.join(stored)} held as {name}", nbytes, route)
+
+    def dequantize_rows(self, name: str, source: TensorSource, rows: Tensor) -> Tensor:
+        return source.read(name)[rows].float()
 
     def load(self, spec: LinearSpec, source: TensorSource, device: torch.device) -> QuantLinear:
         stored = source.read(f"{spec.parts[0]}.weight")

@@ -6,4 +6,4 @@
 
 #include "rowops.h"
 #include "attention.h"
-#include "matmul.h"
+#include "grouped.h"

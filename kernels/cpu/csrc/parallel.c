@@ -56,13 +56,15 @@ void *quantd_scratch(size_t size) {
     return memory;
 }
 
-/* 3: AVX-512 with BF16, 2: AVX-512, 1: AVX2 with FMA and F16C, 0: none of these. */
+/* 4: AVX-512 with VNNI and BF16, 3: with VNNI, 2: AVX-512, 1: AVX2 with FMA and F16C, 0: none of these. */
 EXPORT int quantd_best_level(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        if (!__builtin_cpu_supports("avx512vnni")) return 2;
+        return __builtin_cpu_supports("avx512bf16") ? 4 : 3;
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
         __builtin_cpu_supports("f16c"))
         return 1;

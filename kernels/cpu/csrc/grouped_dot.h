@@ -1,0 +1,328 @@
+/* Codes times activations of eight bits: sums of integers over one block, then a sum in fp32 over
+ * the blocks of a row, one after the other. Integer sums are exact, so a result depends neither on
+ * the rows beside it nor on how the codes were unpacked.
+ *
+ * AVX2 multiplies unsigned codes by signed activations and adds pairs in 16 bits, which saturates:
+ * `g_depth` says how many quads a 16-bit lane can add up. Codes of 8 bits and tables, where not
+ * even one fits, are taken as signed numbers: |code| times the activation with the code's sign.
+ *
+ * Included by grouped.h.
+ */
+
+/* Where values come from: packed codes, a table's, or what g_fill has unpacked. */
+enum { G_2, G_3, G_4, G_5, G_6, G_8, G_4T, G_RAW8, G_RAW4, G_RAW2, G_RAW1, G_STORES };
+
+/* Quads that a lane of 16 bits can add up; 0: values are signed. 127 * 2 * (15 * 8) < 32768. */
+INLINE int g_depth(int store) {
+    switch (store) {
+        case G_2: case G_3: case G_4: case G_RAW8: return 8;
+        case G_5: case G_RAW4: return 4;
+        case G_6: case G_RAW2: return 2;
+        default: return 0;
+    }
+}
+
+INLINE int g_store_bits(int store) {
+    static const int bits[] = {2, 3, 4, 5, 6, 8, 4, 8, 8, 8, 8};
+    return bits[store];
+}
+
+/* Rows of activations, [rows][blocks * 32], and for each block a scale and two sums of 16. */
+struct g_input {
+    int8_t *codes;
+    float *scales;
+    int32_t *sums;
+    int64_t blocks;
+};
+
+struct g_run {
+    const uint8_t *codes;       /* the first block's */
+    const char *scales;         /* of the group of the first block */
+    const int8_t *x;            /* the first row's first block */
+    const float *x_scales;
+    const int32_t *x_sums;
+    const uint8_t *table;
+    float *total;               /* [rows][16], added to */
+    int64_t blocks, x_blocks;
+    int64_t unit_of_group, units_per_group, group_bytes; /* a unit: 32 columns, or 16 */
+    int32_t center;
+    bool wide, offset;
+};
+
+#if defined(__AVX512VNNI__)
+enum { G_TILE = 8, G_DIRECT_ROWS = 8, G_SIGNED = 0 };
+typedef __m512i g_bytes;
+#elif defined(__AVX2__)
+enum { G_TILE = 4, G_DIRECT_ROWS = 8, G_SIGNED = 1 };
+typedef __m256i g_bytes;
+#else
+enum { G_TILE = 4, G_DIRECT_ROWS = 0, G_SIGNED = 0 };
+#endif
+
+#if defined(__AVX2__)
+#if defined(__AVX512VNNI__)
+#define G_OP(name) _mm512_##name
+#define G_AND(a, b) _mm512_and_si512(a, b)
+#define G_OR(a, b) _mm512_or_si512(a, b)
+#define G_XOR(a, b) _mm512_xor_si512(a, b)
+INLINE g_bytes g_load(const uint8_t *p) { return _mm512_loadu_si512(p); }
+INLINE g_bytes g_load_table(const uint8_t *p) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)p));
+}
+#else
+#define G_OP(name) _mm256_##name
+#define G_AND(a, b) _mm256_and_si256(a, b)
+#define G_OR(a, b) _mm256_or_si256(a, b)
+#define G_XOR(a, b) _mm256_xor_si256(a, b)
+INLINE g_bytes g_load(const uint8_t *p) { return _mm256_loadu_si256((const void *)p); }
+INLINE g_bytes g_load_table(const uint8_t *p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)p));
+}
+#endif
+
+/* The `bits` bits from bit `from` on of each byte, moved to bit `to`. */
+INLINE g_bytes g_field(g_bytes a, int bits, int from, int to) {
+    g_bytes mask = G_OP(set1_epi8)((char)(((1 << bits) - 1) << to));
+    if (from > to) a = G_OP(srli_epi16)(a, (unsigned)(from - to));
+    if (from < to) a = G_OP(slli_epi16)(a, (unsigned)(to - from));
+    return G_AND(a, mask);
+}
+
+/* Vector v of quad q of a block. */
+INLINE g_bytes g_quad(int store, const uint8_t *block, int q, int v, g_bytes table) {
+    const int bytes = 4 * G_LANES, bits = g_store_bits(store), low = g_low_bits(bits), high = bits - low;
+    if (bits == 8) {
+        g_bytes a = g_load(block + q * G_QUAD + v * bytes);
+        return store == G_8 && G_SIGNED ? G_XOR(a, G_OP(set1_epi8)(-128)) : a;
+    }
+    int share = 8 / low;
+    g_bytes a = g_field(g_load(block + q / share * G_QUAD + v * bytes), low, q % share * low, 0);
+    if (high) {
+        share = 8 / high;
+        const uint8_t *plane = block + 64 * low + q / share * G_QUAD;
+        a = G_OR(a, g_field(g_load(plane + v * bytes), high, q % share * high, low));
+    }
+    return store == G_4T ? G_OP(shuffle_epi8)(table, a) : a;
+}
+
+INLINE g_bytes g_spread(const int8_t *x) {
+    int32_t four;
+    memcpy(&four, x, 4);
+    return G_OP(set1_epi32)(four);
+}
+#endif
+
+#if defined(__AVX512VNNI__)
+
+/* sum[r] = values of the quads [first, first + count) . x, for nr rows. */
+INLINE void g_dot(int store, int nr, const uint8_t *block, int first, int count, const int8_t *x,
+                  int64_t x_row, g_bytes table, gi sum[G_TILE][G_VECTORS]) {
+    g_bytes even[G_TILE], odd[G_TILE];
+    for (int r = 0; r < nr; r++) even[r] = odd[r] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int q = first; q < first + count; q += 2) {
+        g_bytes w0 = g_quad(store, block, q, 0, table), w1 = g_quad(store, block, q + 1, 0, table);
+        for (int r = 0; r < nr; r++) {
+            /* Two chains hide the instruction's latency where there are few rows. */
+            even[r] = _mm512_dpbusd_epi32(even[r], w0, g_spread(x + r * x_row + 4 * q));
+            g_bytes *into = nr < 4 ? &odd[r] : &even[r];
+            *into = _mm512_dpbusd_epi32(*into, w1, g_spread(x + r * x_row + 4 * q + 4));
+        }
+    }
+    for (int r = 0; r < nr; r++) sum[r][0] = (gi)even[r] + (gi)odd[r];
+}
+
+#elif defined(__AVX2__)
+
+INLINE void g_dot(int store, int nr, const uint8_t *block, int first, int count, const int8_t *x,
+                  int64_t x_row, g_bytes table, gi sum[G_TILE][G_VECTORS]) {
+    const int depth = g_depth(store), pairs = count / 2, flush = depth > count ? count : depth;
+    const __m256i one = _mm256_set1_epi16(1);
+    __m256i wide[G_TILE][2], narrow[G_TILE][2];
+#pragma GCC unroll 4
+    for (int pair = 0; pair < pairs; pair++) {
+        int q = first + 2 * pair;
+        __m256i w[2][2], size[2][2];
+        for (int e = 0; e < 2; e++)
+            for (int v = 0; v < 2; v++) {
+                w[e][v] = g_quad(store, block, q + e, v, table);
+                if (!depth) size[e][v] = _mm256_abs_epi8(w[e][v]);
+            }
+        for (int r = 0; r < nr; r++) {
+            __m256i a = g_spread(x + r * x_row + 4 * q), b = g_spread(x + r * x_row + 4 * q + 4);
+            for (int v = 0; v < 2; v++) {
+                if (!depth) {
+                    __m256i m = _mm256_maddubs_epi16(size[0][v], _mm256_sign_epi8(a, w[0][v]));
+                    __m256i n = _mm256_maddubs_epi16(size[1][v], _mm256_sign_epi8(b, w[1][v]));
+                    m = _mm256_add_epi32(_mm256_madd_epi16(m, one), _mm256_madd_epi16(n, one));
+                    wide[r][v] = pair ? _mm256_add_epi32(wide[r][v], m) : m;
+                    continue;
+                }
+                __m256i m = _mm256_add_epi16(_mm256_maddubs_epi16(w[0][v], a),
+                                             _mm256_maddubs_epi16(w[1][v], b));
+                narrow[r][v] = 2 * pair % flush ? _mm256_add_epi16(narrow[r][v], m) : m;
+                if ((2 * pair + 2) % flush) continue;
+                m = _mm256_madd_epi16(narrow[r][v], one);
+                wide[r][v] = 2 * pair >= flush ? _mm256_add_epi32(wide[r][v], m) : m;
+            }
+        }
+    }
+    for (int r = 0; r < nr; r++)
+        for (int v = 0; v < 2; v++) sum[r][v] = (gi)wide[r][v];
+}
+
+#else
+
+INLINE void g_dot(int store, int nr, const uint8_t *block, int first, int count, const int8_t *x,
+                  int64_t x_row, int table, gi sum[G_TILE][G_VECTORS]) {
+    (void)store, (void)table;
+    for (int r = 0; r < nr; r++) {
+        int32_t lanes[G_ROWS] = {0};
+        for (int q = first; q < first + count; q++) {
+            const uint8_t *w = block + q * G_QUAD;
+            const int8_t *four = x + r * x_row + 4 * q;
+            for (int row = 0; row < G_ROWS; row++)
+                for (int i = 0; i < 4; i++) lanes[row] += w[4 * row + i] * four[i];
+        }
+        memcpy(sum[r], lanes, sizeof lanes);
+    }
+}
+
+#endif
+
+INLINE gf gf_fma(gf a, gf b, gf c) {
+#if defined(__AVX512VNNI__)
+    return (gf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+    return (gf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+/* total[r][0:16] += the run's blocks, for nr rows. `halves` is 2 where a group may end after 16. */
+INLINE void g_run_blocks(int store, int halves, int nr, const struct g_run *a) {
+#if defined(__AVX2__)
+    g_bytes table = g_load_table(a->table);
+#else
+    int table = 0;
+#endif
+    const int64_t block_bytes = 64 * g_store_bits(store), x_row = a->x_blocks * G_COLUMNS;
+    gf total[G_TILE][G_VECTORS];
+    for (int r = 0; r < nr; r++)
+        for (int v = 0; v < G_VECTORS; v++) total[r][v] = gf_load(a->total + r * G_ROWS + v * G_LANES);
+    const char *scales = a->scales;
+    int64_t unit = a->unit_of_group;
+    for (int64_t b = 0; b < a->blocks; b++) {
+        const uint8_t *block = a->codes + b * block_bytes;
+        if (store < G_RAW8 && nr <= 2)
+            for (int64_t at = 0; at < block_bytes; at += 64) __builtin_prefetch(block + 2048 + at, 0, 3);
+        for (int h = 0; h < halves; h++) {
+            gi sum[G_TILE][G_VECTORS];
+            const int quads = G_QUADS / halves;
+            g_dot(store, nr, block, h * quads, quads, a->x + b * G_COLUMNS, x_row, table, sum);
+            gf scale[G_VECTORS], offset[G_VECTORS];
+            for (int v = 0; v < G_VECTORS; v++) {
+                scale[v] = gf_scale(scales, v * G_LANES, a->wide);
+                if (a->offset) offset[v] = gf_scale(scales, G_ROWS + v * G_LANES, a->wide);
+            }
+            for (int r = 0; r < nr; r++) {
+                const int32_t *sums = a->x_sums + 2 * (r * a->x_blocks + b);
+                int32_t x_sum = halves == 2 ? sums[h] : sums[0] + sums[1];
+                float by = a->x_scales[r * a->x_blocks + b];
+                gi center = gi_set(a->center * x_sum);
+                for (int v = 0; v < G_VECTORS; v++) {
+                    gf part = gf_of(sum[r][v] - center);
+                    total[r][v] = gf_fma(part, scale[v] * gf_set(by), total[r][v]);
+                    if (a->offset)
+                        total[r][v] = gf_fma(offset[v], gf_set(by * (float)x_sum), total[r][v]);
+                }
+            }
+            if (++unit == a->units_per_group) unit = 0, scales += a->group_bytes;
+        }
+    }
+    for (int r = 0; r < nr; r++)
+        for (int v = 0; v < G_VECTORS; v++) gf_store(a->total + r * G_ROWS + v * G_LANES, total[r][v]);
+}
+
+typedef void g_run_function(const struct g_run *);
+
+#define G_RUN(store, halves, nr)                                         \
+    static void g_run_##store##_##halves##_##nr(const struct g_run *a) { \
+        g_run_blocks(store, halves, nr, a);                              \
+    }
+#define G_RUNS(store)                                        \
+    G_RUN(store, 1, 1) G_RUN(store, 1, 2) G_RUN(store, 1, 4) \
+    G_RUN(store, 2, 1) G_RUN(store, 2, 2) G_RUN(store, 2, 4) \
+    G_RUNS_OF_8(store)
+#if defined(__AVX512VNNI__)
+#define G_RUNS_OF_8(store) G_RUN(store, 1, 8) G_RUN(store, 2, 8)
+#define G_NAME_OF_8(store, halves) g_run_##store##_##halves##_8
+#else
+#define G_RUNS_OF_8(store)
+#define G_NAME_OF_8(store, halves) NULL
+#endif
+#define G_NAMES(store, halves)                                       \
+    {g_run_##store##_##halves##_1, g_run_##store##_##halves##_2,     \
+     g_run_##store##_##halves##_4, G_NAME_OF_8(store, halves)}
+#define G_ENTRY(store) [store] = {G_NAMES(store, 1), G_NAMES(store, 2)}
+
+G_RUNS(G_RAW8)
+#if defined(__AVX2__)
+G_RUNS(G_2) G_RUNS(G_3) G_RUNS(G_4) G_RUNS(G_5) G_RUNS(G_6) G_RUNS(G_8) G_RUNS(G_4T)
+#if !defined(__AVX512VNNI__)
+G_RUNS(G_RAW4) G_RUNS(G_RAW2) G_RUNS(G_RAW1)
+#endif
+#endif
+
+/* [store][halves - 1][log2(rows)] */
+static g_run_function *const g_runs[G_STORES][2][4] = {
+    G_ENTRY(G_RAW8),
+#if defined(__AVX2__)
+    G_ENTRY(G_2), G_ENTRY(G_3), G_ENTRY(G_4), G_ENTRY(G_5), G_ENTRY(G_6), G_ENTRY(G_8),
+    G_ENTRY(G_4T),
+#if !defined(__AVX512VNNI__)
+    G_ENTRY(G_RAW4), G_ENTRY(G_RAW2), G_ENTRY(G_RAW1),
+#endif
+#endif
+};
+
+/* For `rows` rows, as many at once as there are registers for. */
+static void g_run(int store, int halves, int64_t rows, struct g_run run) {
+    for (int power = 3; power >= 0; power--) {
+        g_run_function *function = g_runs[store][halves - 1][power];
+        for (; function && rows >= 1 << power; rows -= 1 << power) {
+            function(&run);
+            run.x += run.x_blocks * G_COLUMNS << power;
+            run.x_scales += run.x_blocks << power;
+            run.x_sums += 2 * run.x_blocks << power;
+            run.total += G_ROWS << power;
+        }
+    }
+}
+
+/* The store of packed codes that can be multiplied as they lie, or -1. */
+INLINE int g_direct(const struct g_part *p) {
+    if (p->flags & G_TABLE) return p->bits == 4 ? G_4T : -1;
+    static const int stores[] = {[2] = G_2, [3] = G_3, [4] = G_4, [5] = G_5, [6] = G_6, [8] = G_8};
+    return stores[p->bits];
+}
+
+/* The store of the same part's unpacked values. */
+INLINE int g_raw(const struct g_part *p) {
+    if (!G_SIGNED) return G_RAW8;
+    if (p->flags & G_TABLE || p->bits == 8) return G_RAW1;
+    return p->bits == 6 ? G_RAW2 : p->bits == 5 ? G_RAW4 : G_RAW8;
+}
+
+INLINE bool g_is_signed(int store) { return G_SIGNED && !g_depth(store); }
+
+/* What g_raw's kernels read, for the blocks [first, first + count) of a panel. */
+static void g_fill(const struct g_part *p, const uint8_t *panel, int64_t first, int64_t count,
+                   uint8_t *values) {
+    for (int64_t b = 0; b < count; b++, values += G_VALUES) {
+        g_values(p, panel, first + b, values);
+        if (g_is_signed(g_raw(p)))
+            for (int i = 0; i < G_VALUES; i++) values[i] ^= 128;
+    }
+}
