@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,9 +21,9 @@ def choose_models(
     """`settings` with the models that the command line names, and only these.
 
     An argument is the name of a configured model, NAME=PATH, the name of an embedded model, or a
-    path, whose last part becomes the name. Without arguments the configured models are served, and
-    without any of these, the embedded demo. `flags` ("dtype" → text) hold for the models that the
-    command line names, or for the demo.
+    path, whose last part (without .gguf) becomes the name. Without arguments the configured models
+    are served, and without any of these, the embedded demo. `flags` ("dtype" → text) hold for the
+    models that the command line names, or for the demo.
     """
     flags = flags or {}
     if not arguments and settings.models:
@@ -79,4 +80,11 @@ def _name_and_path(argument: str) -> tuple[str, str]:
         return name, path
     if argument in embedded_models():
         return argument, f"embedded:{argument}"
-    return Path(argument).expanduser().resolve().name, argument
+    return _called(Path(argument).expanduser().resolve()), argument
+
+
+def _called(path: Path) -> str:
+    """The folder's name, or the GGUF file's without its suffix and the number of its shard."""
+    if path.suffix != ".gguf":
+        return path.name
+    return re.sub(r"-\d{5}-of-\d{5}$", "", path.stem) or path.stem

@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantd.daemon.errors import ModelRefused, RequestError
+from quantd.daemon.gguf.place import find_gguf
+from quantd.daemon.gguf.reader import GgufError, open_gguf
+from quantd.daemon.gguf.tokenizer import build_tokenizer
+from quantd.daemon.gguf.tokenizer_metadata import read_tokenizer_metadata
 from quantd.daemon.text.chat_template import ChatTemplate
 from quantd.daemon.text.checkpoint import TextFiles, read_text_files
 from quantd.daemon.text.detokenizer import detokenizer
+from quantd.daemon.text.gguf_files import text_files
 from quantd.daemon.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -45,10 +50,17 @@ class TextModel:
     def load(cls, path: Path, max_context: int | None = None) -> TextModel:
         """Blocking. Raises ModelRefused that names the file and what is wrong with it.
 
-        max_context: None takes what config.json says.
+        path: a folder in the layout of transformers, a GGUF file (of several, the first), or a
+        folder with one GGUF model. max_context: None takes what the model says.
         """
         # Before the library is used: one text at a time gains nothing from its pool of threads.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        try:
+            gguf = find_gguf(path)
+            if gguf is not None:
+                return cls(*_read_gguf(gguf), max_context)
+        except GgufError as error:
+            raise ModelRefused(str(error)) from error
         from tokenizers import Tokenizer
 
         file = path / "tokenizer.json"
@@ -151,6 +163,16 @@ class TextModel:
     def _id(self, token: str | None, otherwise: int | None) -> int | None:
         known: int | None = None if token is None else self._tokenizer.token_to_id(token)
         return otherwise if known is None else known
+
+
+def _read_gguf(path: Path) -> tuple[Tokenizer, TextFiles]:
+    """Raises GgufError or ModelRefused, with the file's name."""
+    metadata = open_gguf(path).metadata
+    try:
+        tokenizer = read_tokenizer_metadata(metadata)
+        return build_tokenizer(tokenizer), text_files(metadata, tokenizer)
+    except (GgufError, ModelRefused) as error:
+        raise ModelRefused(f"{path.name}: {error}") from error
 
 
 def _refuse_surrogates(text: str) -> None:

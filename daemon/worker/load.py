@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from quantd.daemon.types import BLOCK_TOKENS, LoadModel, LoadProgress, ModelInfo
+from quantd.daemon.worker.checkpoint import open_checkpoint
 from quantd.daemon.worker.dummy import DummySource
 from quantd.daemon.worker.loader import (
     Progress,
     Refused,
+    Weights,
     choose,
     count_quantizers,
     load_weights,
-    read_json,
 )
 from quantd.daemon.worker.machine import computes_bfloat16, physical_cores
 from quantd.daemon.worker.memory import KvPools, allocate
@@ -24,11 +25,9 @@ from quantd.daemon.worker.models.config import ModelConfig
 from quantd.daemon.worker.models.decoder import Decoder
 from quantd.daemon.worker.models.families import read_config
 from quantd.daemon.worker.models.names import dense_shapes, model_tensors
-from quantd.daemon.worker.source import SafetensorsSource
-from quantd.daemon.worker.vocabulary import sampled_vocab_size
 from quantd.kernels import ops
 from quantd.plugins.api import TensorSource
-from quantd.plugins.select import Registry, parse_rules
+from quantd.plugins.select import Registry, notes, parse_rules
 
 _DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -45,6 +44,8 @@ class Model:
     """Everything that a step needs."""
 
     decoder: Decoder
+    config: ModelConfig
+    weights: Weights
     pools: KvPools
     device: torch.device
     info: ModelInfo
@@ -53,26 +54,27 @@ class Model:
 def load_model(load: LoadModel, progress: Progress) -> Model:
     """Raises Refused when loading again cannot help."""
     started = time.perf_counter()
-    folder = Path(load.path)
     progress(LoadProgress("checking", 0, 0))
-    raw = read_json(folder, "config.json")
-    config = read_config(raw)
-    device = _device(load.device)
+    checkpoint = open_checkpoint(Path(load.path))
+    config = read_config(checkpoint.config)
+    if checkpoint.norm_offset_baked:
+        config = replace(config, norm_offset=0.0)
+    device = choose_device(load.device)
     max_context = _max_context(load.max_context, config)
     ops.set_num_threads(load.threads or physical_cores())
     source: TensorSource
     if load.load_format == "dummy":
-        dtype = _dtype(load.dtype, config.dtype or "bfloat16", device)
-        tensors = model_tensors(config, dtype)
+        dtype = choose_dtype(load.dtype, config.dtype or "bfloat16", device)
+        tensors = model_tensors(config, dtype, exact=load.dtype == "float32")
         shapes = dense_shapes(tensors, config)
-        source = DummySource(raw, shapes, dtype, norm=1.0 - config.norm_offset)
+        source = DummySource(checkpoint.config, shapes, dtype, norm=1.0 - config.norm_offset)
     else:
-        source = SafetensorsSource(folder, raw)
-        dtype = _dtype(load.dtype, config.dtype or _stored_dtype(source), device)
-        tensors = model_tensors(config, dtype, source.names())
+        source = checkpoint.source()
+        dtype = choose_dtype(load.dtype, config.dtype or stored_dtype(source), device)
+        tensors = model_tensors(config, dtype, source.names(), exact=load.dtype == "float32")
     registry = Registry()
     choices = choose(config, source, tensors, device, registry, parse_rules(load.quantization))
-    vocab_size = sampled_vocab_size(folder, config.vocab_size)
+    vocab_size = checkpoint.vocab_size(config.vocab_size)
     weights = load_weights(config, source, tensors, choices, device, progress)
     pools = allocate(config, dtype, device, load.kv_bytes, max_context)
     info = ModelInfo(
@@ -86,13 +88,19 @@ def load_model(load: LoadModel, progress: Progress) -> Model:
         block_bytes=pools.block_bytes,
         num_blocks=pools.num_blocks,
         seconds=time.perf_counter() - started,
-        quantizers=count_quantizers(choices),
-        notes=(*ops.notes(), *registry.warnings, *_pool_notes(pools, max_context)),
+        quantizers=count_quantizers(choices.linears),
+        notes=(
+            *ops.notes(),
+            *registry.warnings,
+            *notes(checkpoint.config, choices.linears),
+            *_pool_notes(pools, max_context),
+        ),
     )
-    return Model(Decoder(config, weights, dtype, max_context), pools, device, info)
+    decoder = Decoder(config, weights, dtype, max_context)
+    return Model(decoder, config, weights, pools, device, info)
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
@@ -116,7 +124,7 @@ def _max_context(wanted: int | None, config: ModelConfig) -> int:
     return wanted
 
 
-def _dtype(wanted: str, checkpoint: str, device: torch.device) -> torch.dtype:
+def choose_dtype(wanted: str, checkpoint: str, device: torch.device) -> torch.dtype:
     """Of activations, weights that are not quantized, and the KV pools. "auto" is the checkpoint's
     own, but float32 for bfloat16 on a processor without such arithmetic."""
     name = checkpoint if wanted == "auto" else wanted
@@ -127,7 +135,7 @@ def _dtype(wanted: str, checkpoint: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _stored_dtype(source: TensorSource) -> str:
+def stored_dtype(source: TensorSource) -> str:
     """For a config.json that does not say; norms are never quantized."""
     norms = (source.dtype(name) for name in source.names() if name.endswith("norm.weight"))
     return next(norms, "absent")

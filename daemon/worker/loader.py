@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,15 @@ import torch
 from torch import Tensor
 
 from quantd.daemon.types import LoadProgress
+from quantd.daemon.worker.embedding import Embedding
 from quantd.daemon.worker.models.config import ModelConfig
 from quantd.daemon.worker.models.names import ModelTensors, is_ignored
 from quantd.kernels import ops
-from quantd.plugins.api import LinearSpec, QuantLinear, Refused, TensorSource
+from quantd.plugins.api import LinearSpec, Quantizer, QuantLinear, Refused, TensorSource
 from quantd.plugins.select import Choice, Registry, Rule, select
 
 __all__ = [
+    "Choices",
     "Progress",
     "Refused",
     "Weights",
@@ -50,14 +51,19 @@ class Weights:
     linears: dict[str, QuantLinear]
     vectors: dict[str, Tensor]
     """fp32; what a family adds to its norms' weights is added."""
-    embedding: Tensor
-    """[vocab_size, hidden]: on a CPU the mapped file itself: only rows that occur are resident."""
-    release_embedding: Callable[[], None]
-    """Gives the mapped table's resident pages back; the next lookup maps what it needs again."""
-    choices: tuple[Choice, ...]
+    embedding: Embedding
     num_parameters: int
     nbytes: int
     """Of what is packed; a mapped table of embeddings does not count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """Who reads what of a checkpoint."""
+
+    linears: tuple[Choice, ...]
+    """In the order of `ModelTensors.linears`."""
+    embedding: Choice
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -83,18 +89,21 @@ def choose(
     device: torch.device,
     registry: Registry,
     rules: Sequence[Rule],
-) -> tuple[Choice, ...]:
-    """A quantizer for each linear layer. Raises Refused for a checkpoint that is not exactly what
-    the decoder is made of; takes no memory."""
+) -> Choices:
+    """A quantizer for each linear layer and for the table of embeddings. Raises Refused for a
+    checkpoint that is not exactly what the decoder is made of; takes no memory."""
     names = source.names()
     modules = {name.rpartition(".")[0] for name in names}
     parts = {part for spec in tensors.linears.values() for part in spec.parts}
     absent = [f"{part}.weight" for part in sorted(parts - modules)]
-    others = [tensors.embedding, *(vector.source for vector in tensors.vectors.values())]
+    vectors = [vector.source for vector in tensors.vectors.values()]
+    others = [tensors.embedding, *vectors]
     absent += [name for name in others if name not in names and name not in absent]
     _refuse("the checkpoint lacks", absent)
-    choices = tuple(
-        select(spec, source, device, registry, rules) for spec in tensors.linears.values()
+    choices = Choices(
+        tuple(select(spec, source, device, registry, rules) for spec in tensors.linears.values()),
+        # Rules are for layers that multiply; a table is read in the format that it has.
+        select(_table(config, tensors), source, device, registry),
     )
     expected = _expected(config, source, tensors, choices)
     _refuse("the checkpoint lacks", [name for name in expected if name not in names])
@@ -111,20 +120,28 @@ def choose(
         ],
         "",
     )
-    for name in others:
+    for name in vectors:
         if source.dtype(name) not in _FLOATS:
             raise Refused(f"the tensor {name} is of the type {source.dtype(name)}, must be a float")
     return choices
 
 
+def _table(config: ModelConfig, tensors: ModelTensors) -> LinearSpec:
+    """The table of embeddings, as if it were a layer."""
+    dtype = next(iter(tensors.linears.values())).dtype
+    part = tensors.embedding.removesuffix(".weight")
+    shape = config.hidden_size, (config.vocab_size,)
+    return LinearSpec("model.embed_tokens", *shape, (part,), dtype)
+
+
 def _expected(
-    config: ModelConfig, source: TensorSource, tensors: ModelTensors, choices: Sequence[Choice]
+    config: ModelConfig, source: TensorSource, tensors: ModelTensors, choices: Choices
 ) -> dict[str, tuple[int, ...]]:
     expected: dict[str, tuple[int, ...]] = {
         tensors.embedding: (config.vocab_size, config.hidden_size)
     }
     expected |= {vector.source: (vector.size,) for vector in tensors.vectors.values()}
-    for spec, choice in zip(tensors.linears.values(), choices, strict=True):
+    for spec, choice in zip(tensors.linears.values(), choices.linears, strict=True):
         expected |= choice.quantizer.tensors(spec, source)
     return expected
 
@@ -142,14 +159,14 @@ def load_weights(
     config: ModelConfig,
     source: TensorSource,
     tensors: ModelTensors,
-    choices: Sequence[Choice],
+    choices: Choices,
     device: torch.device,
     progress: Progress,
 ) -> Weights:
     """Loads what `choose` has checked. Progress is reported from the calling thread."""
     specs = {
         name: (spec, choice)
-        for (name, spec), choice in zip(tensors.linears.items(), choices, strict=True)
+        for (name, spec), choice in zip(tensors.linears.items(), choices.linears, strict=True)
     }
     sizes = {name: spec.out_features * spec.in_features for name, (spec, _) in specs.items()}
     total = sum(sizes.values()) * next(iter(tensors.linears.values())).dtype.itemsize
@@ -178,22 +195,21 @@ def load_weights(
         name: _vector(source, vector.source, device, config.norm_offset)
         for name, vector in tensors.vectors.items()
     }
-    embedding = source.read(tensors.embedding).to(device)
+    embedding = _embedding(choices.embedding.quantizer, source, tensors.embedding, device)
     nbytes = sum(linear.nbytes for linear in linears.values())
     nbytes += sum(vector.nbytes for vector in vectors.values())
-    nbytes += embedding.nbytes if device.type != "cpu" else 0
+    nbytes += embedding.nbytes
     biases = sum(spec.out_features for spec, _ in specs.values() if spec.bias)
-    untied = 0 if config.tied else embedding.numel()
+    untied = 0 if config.tied else config.vocab_size * config.hidden_size
     parameters = sum(sizes.values()) + biases + untied + sum(map(len, vectors.values()))
-    return Weights(
-        linears,
-        vectors,
-        embedding,
-        partial(source.release, tensors.embedding),
-        tuple(choices),
-        parameters,
-        nbytes,
-    )
+    return Weights(linears, vectors, embedding, parameters, nbytes)
+
+
+def _embedding(
+    quantizer: Quantizer, source: TensorSource, name: str, device: torch.device
+) -> Embedding:
+    table = source.read(name).to(device) if source.dtype(name) in _FLOATS else None
+    return Embedding(quantizer, name, source, device, table)
 
 
 def _load_linear(

@@ -63,6 +63,19 @@ def num_blocks(kv_bytes: int | None, bytes_per_block: int, max_context: int, ava
     return max(1, min(wanted, available // _DEFAULT_SHARE // bytes_per_block))
 
 
+def check_kv_bytes(kv_bytes: int | None, device: torch.device) -> None:
+    """To be called before any weight is loaded.
+
+    Refused when `kv_bytes` is more than `device` has available: the weights only take from that.
+    """
+    available = _available(device)
+    if kv_bytes is not None and kv_bytes > available:
+        raise Refused(
+            f"kv_bytes is {kv_bytes}: the KV pool needs that many bytes, more than the {available} "
+            f"bytes that {device} has available"
+        )
+
+
 def allocate(
     config: ModelConfig,
     dtype: torch.dtype,
@@ -71,14 +84,17 @@ def allocate(
     max_context: int,
 ) -> KvPools:
     bytes_per_block = block_bytes(config, dtype)
-    if device.type == "cuda":
-        available, _ = torch.cuda.mem_get_info(device)
-    else:
-        available = available_memory()
-    blocks = num_blocks(kv_bytes, bytes_per_block, max_context, available)
+    blocks = num_blocks(kv_bytes, bytes_per_block, max_context, _available(device))
     shape = (blocks, config.num_kv_heads, BLOCK_TOKENS, config.head_dim)
 
     def pools() -> tuple[Tensor, ...]:
         return tuple(torch.empty(shape, dtype=dtype, device=device) for _ in config.layers)
 
     return KvPools(pools(), pools(), blocks, bytes_per_block)
+
+
+def _available(device: torch.device) -> int:
+    if device.type == "cuda":
+        available, _ = torch.cuda.mem_get_info(device)
+        return available
+    return available_memory()

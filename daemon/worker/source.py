@@ -11,6 +11,7 @@ import math
 import mmap
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,18 @@ class _Shard:
             raw = json.loads(self.map[8 : 8 + length])
             raw.pop("__metadata__", None)
             return {name: self._entry(name, item, 8 + length) for name, item in raw.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Refused(f"{self.path.name}: the header is not understood: {error!r}") from error
 
     def _entry(self, name: str, item: Mapping[str, Any], data: int) -> _Entry:
-        dtype, shape = item["dtype"], tuple(int(n) for n in item["shape"])
-        start, stop = (data + int(offset) for offset in item["data_offsets"])
+        dtype, shape = item["dtype"], tuple(item["shape"])
+        begin, end = item["data_offsets"]
+        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+            raise Refused(
+                f"{self.path.name}: the tensor {name} has the shape {list(shape)} and the offsets "
+                f"{[begin, end]}; each must be a whole number, at least 0"
+            )
+        start, stop = data + begin, data + end
         if dtype not in _DTYPES:
             raise Refused(
                 f"{self.path.name}: the tensor {name} is of the type {dtype}, unknown here"
@@ -114,6 +121,7 @@ class SafetensorsSource:
                     other = self._entries[name].shard.path.name
                     raise Refused(f"the tensor {name} is in {other} and in {path.name}")
                 self._entries[name] = entry
+        _refuse_overlaps(self._entries)
         for name, file in index.items():
             if name not in self._entries:
                 raise Refused(f"the tensor {name} is missing: the index has it in {file}")
@@ -154,6 +162,15 @@ class SafetensorsSource:
         # Whole pages only exist: one that a neighbour shares is mapped again when it is read.
         if entry.stop > page:
             entry.shard.map.madvise(mmap.MADV_DONTNEED, page, entry.stop - page)
+
+
+def _refuse_overlaps(entries: Mapping[str, _Entry]) -> None:
+    """Of two tensors of a file that share bytes, one is not what it says."""
+    order = sorted(entries, key=lambda name: (entries[name].shard.path, entries[name].start))
+    for name, following in pairwise(order):
+        one, other = entries[name], entries[following]
+        if one.shard is other.shard and one.stop > other.start and other.start < other.stop:
+            raise Refused(f"{one.shard.path.name}: {name} and {following} overlap")
 
 
 def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:

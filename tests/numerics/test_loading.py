@@ -209,7 +209,7 @@ def test_refuses_a_folder_without_config(copy: Path) -> None:
     [
         ({"dtype": "int8"}, "dtype is 'int8', must be bfloat16"),
         ({"max_context": 4096}, "max_context = 4096, but the checkpoint ends at 512"),
-        ({"quantization": "gptq"}, "no quantizer 'gptq' is installed"),
+        ({"quantization": "squeeze"}, "no quantizer 'squeeze' is installed"),
         ({"device": "cuda:77"}, "device = 'cuda:77', but this machine has"),
         ({"device": "tpu"}, "device = 'tpu', must be auto, cpu or cuda:N"),
         ({"device": "meta"}, "device = 'meta', must be auto, cpu or cuda:N"),

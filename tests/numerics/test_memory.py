@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantd.daemon.worker.machine import available_memory, physical_cores
-from quantd.daemon.worker.memory import allocate, num_blocks
+from quantd.daemon.worker.memory import allocate, check_kv_bytes, num_blocks
 from quantd.daemon.worker.models.config import ModelConfig
 from quantd.daemon.worker.models.families import read_config
 from quantd.plugins.api import Refused
@@ -48,6 +48,14 @@ def test_more_than_there_is_is_an_error() -> None:
     # No later attempt can change this one.
     with pytest.raises(Refused, match="kv_bytes is 999, less than the 1000 bytes"):
         num_blocks(999, 1000, max_context=160, available=GIB)
+
+
+def test_more_than_the_machine_has_is_refused_before_loading() -> None:
+    cpu = torch.device("cpu")
+    with pytest.raises(Refused, match=f"kv_bytes is {1 << 60}: .* bytes that cpu has available"):
+        check_kv_bytes(1 << 60, cpu)
+    check_kv_bytes(1, cpu)
+    check_kv_bytes(None, cpu)
 
 
 def resident_bytes() -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from quantd.daemon.worker.loader import Weights
@@ -19,10 +18,6 @@ from quantd.daemon.worker.models.moe import Experts, FeedForward
 from quantd.daemon.worker.models.rope import RopeTable
 from quantd.kernels import ops
 from quantd.plugins.api import QuantLinear
-
-_MANY_ROWS = 256
-"""A step of so many tokens takes long enough to give the embedding's pages back after it: the
-system maps sixteen pages around each one that is touched, and in the end the whole table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +44,6 @@ class Decoder:
         self._config = config
         self._dtype = dtype
         self._embedding = weights.embedding
-        self._release_embedding = weights.release_embedding
         # Rounded to the activations' type, as Gemma's was when it was trained.
         self._embedding_scale = torch.tensor(config.embedding_scale, dtype=dtype).item()
         device = weights.embedding.device
@@ -75,9 +69,7 @@ class Decoder:
         """
         eps = self._config.norm_eps
         tables = [rope.at(batch.positions, stop) for rope in self._ropes]
-        residual = F.embedding(tokens, self._embedding).to(self._dtype)
-        if len(tokens) >= _MANY_ROWS:
-            self._release_embedding()
+        residual = self._embedding(tokens, self._dtype)
         if self._embedding_scale != 1.0:
             residual = residual * self._embedding_scale
         delta: Tensor | None = None

@@ -44,10 +44,14 @@ class ModelTensors:
 
 
 def model_tensors(
-    config: ModelConfig, dtype: torch.dtype, names: Collection[str] = ()
+    config: ModelConfig,
+    dtype: torch.dtype,
+    names: Collection[str] = (),
+    exact: bool = False,
 ) -> ModelTensors:
-    """`names` are the checkpoint's: they tell under which prefix the decoder stands."""
-    return _Builder(config, dtype, _prefix(names)).build()
+    """`names` are the checkpoint's: they tell under which prefix the decoder stands. `exact` is
+    what every layer's spec says."""
+    return _Builder(config, _prefix(names), dtype, exact).build()
 
 
 def is_ignored(config: ModelConfig, name: str) -> bool:
@@ -68,9 +72,10 @@ def _prefix(names: Collection[str]) -> str:
 
 
 class _Builder:
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, prefix: str) -> None:
+    def __init__(self, config: ModelConfig, prefix: str, dtype: torch.dtype, exact: bool) -> None:
         self._config = config
         self._dtype = dtype
+        self._exact = exact
         self._prefix = prefix
         self._fused = config.architecture == "Phi3ForCausalLM"
         self._tensors = ModelTensors(f"{prefix}embed_tokens.weight")
@@ -82,7 +87,12 @@ class _Builder:
         outer = "language_model." if self._prefix == "language_model.model." else ""
         part = f"{self._prefix}embed_tokens" if config.tied else f"{outer}lm_head"
         self._tensors.linears["lm_head"] = LinearSpec(
-            "lm_head", config.hidden_size, (config.vocab_size,), (part,), self._dtype
+            "lm_head",
+            config.hidden_size,
+            (config.vocab_size,),
+            (part,),
+            self._dtype,
+            exact=self._exact,
         )
         for i, layer in enumerate(config.layers):
             self._norms(f"layers.{i}.")
@@ -162,7 +172,7 @@ class _Builder:
         parts = tuple(f"{self._prefix}{at}{leaf}" for leaf in leaves)
         ours = f"model.{name}"
         self._tensors.linears[ours] = LinearSpec(
-            ours, in_features, splits, parts, self._dtype, bias
+            ours, in_features, splits, parts, self._dtype, bias, self._exact
         )
 
     def _vector(self, name: str, size: int) -> None:

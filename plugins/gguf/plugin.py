@@ -1,0 +1,89 @@
+"""GGUF's quantized types, any of them in any part of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from quantd.kernels import ops
+from quantd.plugins.api import LinearSpec, QuantLinear, Refused, TensorSource
+from quantd.plugins.gguf.format import BLOCKS, unpack
+from quantd.plugins.grouped import GroupedLinear, Part
+
+_FLOATS = frozenset({"BF16", "F16", "F32"})
+_CHUNK_VALUES = 1 << 20
+"""Unpacked at a time: so many that the calls cost little, so few that loading takes no memory to
+speak of and finds them in the last cache."""
+_CHUNK_ROWS = 16
+"""A chunk's rows are a multiple of this, as packing wants."""
+
+
+class GgufQuantizer:
+    """Claims layers of which at least one part has blocks; the other parts may be plain."""
+
+    name = "gguf"
+    api_version = 1
+
+    def claims(self, spec: LinearSpec, source: TensorSource) -> bool:
+        present = source.names()
+        names = [f"{part}.weight" for part in spec.parts]
+        if not all(name in present for name in names):
+            return False
+        types = {source.dtype(name) for name in names}
+        return bool(types & BLOCKS.keys()) and types <= BLOCKS.keys() | _FLOATS
+
+    def refuses(self, spec: LinearSpec, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"grouped weights have no kernel for {device.type} yet"
+        if not spec.dtype.is_floating_point:
+            return f"activations are {spec.dtype}, which is no floating point type"
+        return None
+
+    def tensors(self, spec: LinearSpec, source: TensorSource) -> Mapping[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for part, rows in zip(spec.parts, spec.part_rows, strict=True):
+            shapes[f"{part}.weight"] = (rows, spec.in_features)
+            if spec.bias:
+                shapes[f"{part}.bias"] = (rows,)
+        return shapes
+
+    def dequantize_rows(self, name: str, source: TensorSource, rows: Tensor) -> Tensor:
+        data, kind = source.read(name)[rows], source.dtype(name)
+        return data.float() if kind in _FLOATS else ops.dequantize_grouped(unpack(kind, data))
+
+    def load(self, spec: LinearSpec, source: TensorSource, device: torch.device) -> QuantLinear:
+        parts = [_load_part(spec, source, f"{part}.weight", device) for part in spec.parts]
+        return GroupedLinear(parts, _bias(spec, source, device) if spec.bias else None)
+
+
+def _load_part(spec: LinearSpec, source: TensorSource, name: str, device: torch.device) -> Part:
+    kind, stored = source.dtype(name), source.read(name)
+    part: Part
+    if kind in BLOCKS:
+        shape = source.shape(name)
+        chunks = _chunks(kind, stored, spec.in_features)
+        part = ops.pack_grouped(chunks, (shape[0], shape[1]), exact=spec.exact)
+    else:
+        # A copy in any case: a route of pack_linear may keep the tensor that it is given.
+        part = ops.pack_linear(stored.to(device, spec.dtype, copy=True))
+    source.release(name)
+    return part
+
+
+def _chunks(kind: str, stored: Tensor, columns: int) -> Iterator[ops.GroupedCodes]:
+    rows = max(_CHUNK_ROWS, _CHUNK_VALUES // columns // _CHUNK_ROWS * _CHUNK_ROWS)
+    for start in range(0, len(stored), rows):
+        yield unpack(kind, stored[start : start + rows])
+
+
+def _bias(spec: LinearSpec, source: TensorSource, device: torch.device) -> Tensor:
+    biases = []
+    for part in spec.parts:
+        name = f"{part}.bias"
+        if source.dtype(name) not in _FLOATS:
+            raise Refused(f"the tensor {name} is of the type {source.dtype(name)}, must be a float")
+        biases.append(source.read(name).to(device, spec.dtype, copy=True))
+        source.release(name)
+    return torch.cat(biases)
