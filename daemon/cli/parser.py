@@ -28,6 +28,8 @@ def new_parser() -> Parser:
     _add_serve(commands)
     _add_run(commands)
     _add_talking(commands)
+    _add_inspect(commands)
+    _add_eval(commands)
     _add_check_config(commands)
     _add_install_service(commands)
     completion = _add(commands, "completion", "completion", "print a shell's completion script")
@@ -102,6 +104,48 @@ def _add_talking(commands: Any) -> None:
     reload = _add(commands, "reload", "models", "have the daemon read its configuration again")
     reload.set_defaults(action="reload", model=None)
     _add_target(reload)
+
+
+def _add_inspect(commands: Any) -> None:
+    inspect = _add(commands, "inspect", "inspect", "show what a checkpoint is, from its headers")
+    inspect.description = (
+        "Shows what a checkpoint is, which quantizer would take each layer and why, and the memory "
+        "that it needs. Nothing is loaded. The status is 1 for one that would be refused."
+    )
+    inspect.add_argument("path", metavar="PATH", help="a checkpoint: folder, .gguf, or demo")
+    inspect.add_argument("--layers", action="store_true", help="list each layer")
+    inspect.add_argument("--json", action="store_true", help="as JSON")
+    _add_some(inspect, ("dtype", "quantization", "device"))
+
+
+def _add_eval(commands: Any) -> None:
+    command = _add(commands, "eval", "eval", "measure one checkpoint or format against another")
+    command.description = (
+        "Runs two models over one text: perplexity of both, and how far B's next-token "
+        "distributions are from A's."
+    )
+    command.add_argument("a", metavar="A", help="a checkpoint: folder, .gguf, or demo")
+    command.add_argument("b", metavar="B", help="the same, or the same with --quantization-b")
+    command.add_argument("--text", metavar="FILE", required=True, help="the text, in UTF-8")
+    command.add_argument("--context", metavar="N", type=int, help="tokens in a window (512)")
+    command.add_argument("--windows", metavar="N", type=int, help="at most so many windows (all)")
+    command.add_argument("--layers", action="store_true", help="compare layer by layer too")
+    command.add_argument("--json", action="store_true", help="as JSON")
+    command.add_argument("--plot", metavar="FILE.svg", help="draw it into this file")
+    for side in ("a", "b"):
+        _add_some(command, ("dtype", "quantization"), side)
+    _add_some(command, ("device", "threads"))
+
+
+def _add_some(parser: Parser, names: tuple[str, ...], side: str = "") -> None:
+    """A model's settings as plain arguments: --dtype, or --dtype-a of the side "a"."""
+    texts, known = meanings(ModelSettings), rules(ModelSettings)
+    for name in names:
+        parser.add_argument(
+            f"--{name}-{side}" if side else f"--{name}",
+            metavar=_metavar(name, known[name]),
+            help=(f"of {side.upper()}: " if side else "") + texts[name].replace("%", "%%"),
+        )
 
 
 def _add_check_config(commands: Any) -> None:
