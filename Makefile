@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # The newest release of the tested range; a torch that is already in the environment is kept.
 TORCH  ?= torch==2.13.0
 
-.PHONY: help serve stop test test-systemd check lint types imports bench clean
+.PHONY: help serve stop test test-portable fuzz test-systemd check lint types imports bench clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -47,6 +47,17 @@ stop:  ## end the daemon that `make serve` started
 test: $(VENV)/.dev $(VENV)/.openai2 tests/e2e/clients/js/node_modules  ## run the tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not gpu"
 
+# As a machine without a C compiler would install it: a wheel whose library failed to build.
+$(VENV)/portable: $(VENV)/.dev $(wildcard daemon/*.py daemon/*/*.py daemon/*/*/*.py plugins/*.py plugins/*/*.py kernels/*.py kernels/*/*.py)
+	@rm -rf $@ && mkdir -p $@
+	@CC=false $(PIP) wheel -q --no-deps --no-build-isolation -w $@ . 2>/dev/null
+	@$(PIP) install -q --no-deps --target $@ $@/*.whl
+	@test ! -e $@/quantd/kernels/cpu/_native.so
+
+test-portable: $(VENV)/portable  ## the tests that need no C library, without it
+	PYTHONPATH=$(abspath $(VENV)/portable) $(BIN)/python -m pytest -q -n 2 --dist loadgroup \
+		-m "not slow and not gpu" tests/kernels tests/numerics tests/e2e/test_answers.py
+
 ROOT := $(abspath $(VENV))/debian
 test-systemd: $(VENV)/.dev  ## the units in a booted container: root, debootstrap, systemd-nspawn
 	@test -d $(ROOT)/etc || debootstrap --variant=minbase --include=systemd,dbus bookworm $(ROOT)
@@ -62,7 +73,10 @@ types: $(VENV)/.dev .src/quantd  ## mypy, strict
 imports: $(VENV)/.dev  ## who may import whom
 	$(BIN)/lint-imports
 
-check: lint types imports test  ## everything that CI runs
+check: lint types imports test test-portable  ## everything that CI runs
+
+fuzz: $(VENV)/.dev  ## 100,000 mutated headers of GGUF and safetensors files
+	PYTHONPATH=tests $(BIN)/python tests/fuzz/fuzz_headers.py --count 100000
 
 bench: $(VENV)/.dev  ## the server's benchmarks on this machine
 	$(BIN)/python benchmarks/serve.py

@@ -27,18 +27,22 @@ class Peer:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def available(folder: Path, threads: int, llama_server: str | None) -> list[Peer]:
+def available(
+    folder: Path, threads: int, llama_server: str | None, quantization: str, llama_model: Path
+) -> list[Peer]:
     """quantd, and each peer that is installed and has its weights in `folder`."""
-    arguments = ["serve", f"model={folder}", "--host", "127.0.0.1", "--port", "{port}"]
-    if not (folder / "model.safetensors").exists():
+    path = folder if (folder / "config.json").exists() else folder / "model.gguf"
+    arguments = ["serve", f"model={path}", "--host", "127.0.0.1", "--port", "{port}"]
+    arguments += ["--quantization", quantization]
+    if path == folder and not (folder / "model.safetensors").exists():
         arguments += ["--load-format", "dummy"]
     arguments += ["--threads", str(threads)]
     peers = [Peer("quantd", (sys.executable, "-m", "quantd.daemon", *arguments))]
     llama = llama_server or shutil.which("llama-server")
-    if llama and (folder / "model.gguf").exists():
+    if llama and llama_model.exists():
         limits = ["-t", str(threads), "-tb", str(threads), "-np", "16", "-c", "32768"]
         host = ["--host", "127.0.0.1", "--port", "{port}"]
-        command = (llama, "-m", str(folder / "model.gguf"), *limits, "-cb", *host)
+        command = (llama, "-m", str(llama_model), *limits, "-cb", *host)
         peers.append(Peer("llama.cpp", command))
     if (vllm := shutil.which("vllm")) and (folder / "model.safetensors").exists():
         limits = ["--dtype", "bfloat16", "--max-model-len", "4096", "--max-num-seqs", "32"]

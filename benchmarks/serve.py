@@ -96,11 +96,19 @@ def main() -> None:
     parser.add_argument("--scenarios", default="one,prefill,8,16")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--llama-server", help="path of llama.cpp's server")
+    parser.add_argument("--llama-model", type=Path, help="its weights (default: MODEL/model.gguf)")
+    parser.add_argument("--quantization", default="auto", help="what quantd makes of the weights")
     parser.add_argument("--only", help="comma-separated names of servers")
     parser.add_argument("--json", type=Path, help="write everything measured here")
     arguments = parser.parse_args()
     names = arguments.scenarios.split(",")
-    chosen = peers.available(arguments.model, arguments.threads, arguments.llama_server)
+    chosen = peers.available(
+        arguments.model,
+        arguments.threads,
+        arguments.llama_server,
+        arguments.quantization,
+        arguments.llama_model or arguments.model / "model.gguf",
+    )
     if arguments.only:
         chosen = [peer for peer in chosen if peer.name in arguments.only.split(",")]
     results: dict[str, list[dict[str, Any]]] = {peer.name: [] for peer in chosen}

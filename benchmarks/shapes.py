@@ -49,6 +49,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+_MERGE = ("Ġ", "w")
+
 
 def write_config(shape: str, folder: Path) -> dict[str, Any]:
     """config.json and a tokenizer of the shape's vocabulary; returns the configuration."""
@@ -85,9 +87,10 @@ def _write_tokenizer(vocab_size: int, folder: Path) -> None:
     vocab = {"<|endoftext|>": 0}
     for character in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocab[character] = len(vocab)
+    vocab["".join(_MERGE)] = len(vocab)  # a file without any merge is not accepted everywhere
     while len(vocab) < vocab_size:
         vocab[f"Ġword{len(vocab)}"] = len(vocab)
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[_MERGE]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -142,7 +145,8 @@ _GGUF_NAMES = {
 }
 
 
-def _gguf_name(name: str) -> str:
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of a tensor."""
     if name == "model.embed_tokens.weight":
         return "token_embd.weight"
     if name == "model.norm.weight":
@@ -151,10 +155,9 @@ def _gguf_name(name: str) -> str:
     return f"blk.{index}.{_GGUF_NAMES[rest.removesuffix('.weight')]}.weight"
 
 
-def write_gguf(config: dict[str, Any], weights: dict[str, Any], path: Path) -> None:
-    """The same weights for llama.cpp: matrices in BF16, norms in F32."""
+def gguf_writer(config: dict[str, Any], tokenizer: Path, path: Path) -> Any:
+    """A gguf.GGUFWriter with all metadata written to it and no tensor yet."""
     import gguf
-    import torch
 
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(config["max_position_embeddings"])
@@ -166,25 +169,39 @@ def write_gguf(config: dict[str, Any], weights: dict[str, Any], path: Path) -> N
     writer.add_rope_dimension_count(config["head_dim"])
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    vocab = json.loads((path.parent / "tokenizer.json").read_text())["model"]["vocab"]
+    vocab = json.loads(tokenizer.read_text())["model"]["vocab"]
+    names = sorted(vocab, key=vocab.__getitem__)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(sorted(vocab, key=vocab.__getitem__))
+    writer.add_token_list(names)
     writer.add_token_types([3] + [1] * (len(vocab) - 1))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges([" ".join(_MERGE)])
     writer.add_eos_token_id(0)
     writer.add_bos_token_id(0)
     writer.add_add_bos_token(False)
-    for name, tensor in weights.items():
-        if tensor.ndim == 1:
-            writer.add_tensor(_gguf_name(name), tensor.float().numpy())
-        else:
-            data = tensor.view(torch.int16).numpy().view("uint8")
-            writer.add_tensor(_gguf_name(name), data, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    return writer
+
+
+def finish(writer: Any) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_gguf(config: dict[str, Any], weights: dict[str, Any], path: Path) -> None:
+    """The same weights for llama.cpp: matrices in BF16, norms in F32."""
+    import gguf
+    import torch
+
+    writer = gguf_writer(config, path.parent / "tokenizer.json", path)
+    for name, tensor in weights.items():
+        if tensor.ndim == 1:
+            writer.add_tensor(gguf_name(name), tensor.float().numpy())
+        else:
+            data = tensor.view(torch.int16).numpy().view("uint8")
+            writer.add_tensor(gguf_name(name), data, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    finish(writer)
 
 
 def main() -> None:
