@@ -1,8 +1,11 @@
 """Which quantizer takes a layer, and why the others did not.
 
 In this order: a rule of the configuration (a glob on the layer's name), what the checkpoint's
-tensors are, dense. Formats are found by the entry point group `quantd.quantizers` and imported only
-when a layer needs an answer from them: a checkpoint of plain weights imports none but dense.
+tensors are, dense. A rule may name a format that is made from plain weights while they load, but
+cannot turn one quantized format into another.
+
+Formats are found by the entry point group `quantd.quantizers` and imported only when a layer needs
+an answer from them: a checkpoint of plain weights imports none but dense.
 """
 
 from __future__ import annotations
@@ -19,11 +22,16 @@ from quantd.plugins.api import LinearSpec, Quantizer, Refused, TensorSource, api
 
 GROUP = "quantd.quantizers"
 _DENSE = "dense"
+_AUTO = "auto"
+_ROUTERS = "*.mlp.gate"
+"""Layers that pick the experts of a token, by the names that specs have. They are tiny, and a
+rounding there changes which weights a token meets at all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Layers whose name matches `pattern` (a glob) are `quantizer`'s; the first that matches."""
+    """Layers whose name matches `pattern` (a glob) are `quantizer`'s; the first that matches. The
+    quantizer "auto" is the one that the checkpoint's tensors ask for."""
 
     pattern: str
     quantizer: str
@@ -37,7 +45,10 @@ class Choice:
     quantizer: Quantizer
     reason: str
     refusals: tuple[tuple[str, str], ...] = ()
-    """(quantizer, why it did not take the layer)"""
+    """(quantizer, why it did not take the layer), every other one that is installed"""
+    stored: str = _DENSE
+    """The quantizer whose format the checkpoint's tensors have; a rule may have given the layer to
+    another."""
 
 
 class Registry:
@@ -90,14 +101,16 @@ def _instantiate(point: EntryPoint) -> Quantizer:
 
 
 def parse_rules(text: str) -> tuple[Rule, ...]:
-    """ "auto" (no rule), a quantizer's name (all layers), or "glob=name,glob=name"."""
-    if text in ("auto", ""):
+    """ "auto" (no rule), a quantizer's name (all layers but routers), or "glob=name,glob=name"."""
+    if text in (_AUTO, ""):
         return ()
     rules = []
     for item in text.split(","):
         pattern, separator, name = item.strip().rpartition("=")
         if not name or (separator and not pattern):
             raise Refused(f"quantization = {text!r}: {item!r} is neither a name nor glob=name")
+        if not separator:
+            rules.append(Rule(_ROUTERS, _AUTO))
         rules.append(Rule(pattern or "*", name))
     return tuple(rules)
 
@@ -110,13 +123,29 @@ def select(
     rules: Sequence[Rule] = (),
 ) -> Choice:
     """Raises Refused, with every reason, when nobody takes the layer."""
-    for rule in rules:
-        if fnmatchcase(spec.name, rule.pattern):
-            return _by_rule(spec, device, registry, rule)
+    rule = next((rule for rule in rules if fnmatchcase(spec.name, rule.pattern)), None)
+    if rule is None or rule.quantizer == _AUTO:
+        return _by_tensors(spec, source, device, registry)
+    return _by_rule(spec, source, device, registry, rule)
+
+
+def notes(config: Mapping[str, object], choices: Sequence[Choice]) -> tuple[str, ...]:
+    """What a user should know of all layers together."""
+    said = _quant_method(config)
+    if said is None or any(choice.stored != _DENSE for choice in choices):
+        return ()
+    return (
+        f"config.json says quant_method {said!r} but the tensors of all {len(choices)} layers are "
+        "plain",
+    )
+
+
+def _by_tensors(
+    spec: LinearSpec, source: TensorSource, device: torch.device, registry: Registry
+) -> Choice:
     refusals: list[tuple[str, str]] = []
-    # Dense is asked first although it is the last resort: it claims plain weights only, for which
-    # the answer is certain and need not wait for an import of every other format.
-    for name in (_DENSE, *(name for name in registry.names if name != _DENSE)):
+    order = _order(registry)
+    for i, name in enumerate(order):
         quantizer = registry.get(name)
         if quantizer is None:
             refusals.append((name, registry.why_not(name)))
@@ -126,14 +155,23 @@ def select(
             continue
         reason = quantizer.refuses(spec, device)
         if reason is None:
-            return Choice(spec.name, quantizer, "the checkpoint's tensors", tuple(refusals))
+            why = f"not asked, the layer's tensors are {name}"
+            refusals += [(other, why) for other in order[i + 1 :]]
+            return Choice(spec.name, quantizer, "the checkpoint's tensors", tuple(refusals), name)
         refusals.append((name, reason))
-    said = _said_by(source.config)
+    said = _quant_method(source.config)
+    by = "" if said is None else f", quant_method {said!r} by config.json"
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals)
-    raise Refused(f"no quantizer takes the layer {spec.name}{said} ({reasons})")
+    raise Refused(f"no quantizer takes the layer {spec.name}{by} ({reasons})")
 
 
-def _by_rule(spec: LinearSpec, device: torch.device, registry: Registry, rule: Rule) -> Choice:
+def _by_rule(
+    spec: LinearSpec,
+    source: TensorSource,
+    device: torch.device,
+    registry: Registry,
+    rule: Rule,
+) -> Choice:
     why = f"the rule {rule.pattern}={rule.quantizer}"
     quantizer = registry.get(rule.quantizer)
     if quantizer is None:
@@ -141,11 +179,38 @@ def _by_rule(spec: LinearSpec, device: torch.device, registry: Registry, rule: R
     reason = quantizer.refuses(spec, device)
     if reason is not None:
         raise Refused(f"{why} cannot hold for the layer {spec.name}: {reason}")
-    return Choice(spec.name, quantizer, why)
+    stored = rule.quantizer
+    if not quantizer.claims(spec, source):
+        stored = _stored(spec, source, registry)
+        if stored != _DENSE:
+            raise Refused(f"{why} cannot hold for the layer {spec.name}: it is already {stored}")
+    others = (name for name in _order(registry) if name != rule.quantizer)
+    refusals = tuple((name, f"not asked, {why} comes first") for name in others)
+    return Choice(spec.name, quantizer, why, refusals, stored)
 
 
-def _said_by(config: Mapping[str, object]) -> str:
+def _order(registry: Registry) -> tuple[str, ...]:
+    """Dense is asked first although it is the last resort: it claims plain weights only, for which
+    the answer is certain and need not wait for an import of every other format."""
+    return (_DENSE, *(name for name in registry.names if name != _DENSE))
+
+
+def _stored(spec: LinearSpec, source: TensorSource, registry: Registry) -> str:
+    """The first quantizer that claims the layer's tensors. Raises Refused when none does."""
+    for name in _order(registry):
+        quantizer = registry.get(name)
+        if quantizer is not None and quantizer.claims(spec, source):
+            return name
+    types = {source.dtype(f"{p}.weight") for p in spec.parts if f"{p}.weight" in source.names()}
+    kinds = f"of the types {', '.join(sorted(types))}" if types else "no weights"
+    raise Refused(
+        f"no installed format knows the tensors of the layer {spec.name}, which are {kinds}"
+        + "".join(f"; {warning}" for warning in registry.warnings)
+    )
+
+
+def _quant_method(config: Mapping[str, object]) -> str | None:
     quantization = config.get("quantization_config")
     if isinstance(quantization, Mapping) and "quant_method" in quantization:
-        return f", quant_method {quantization['quant_method']!r} by config.json"
-    return ""
+        return str(quantization["quant_method"])
+    return None

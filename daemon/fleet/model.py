@@ -302,6 +302,8 @@ class Model:
         self._enter("ready")
         seconds = round(resident.info.seconds, 3)
         _log.info("model ready", model=self.name, pid=resident.pid, seconds=seconds)
+        for note in resident.info.notes:
+            _log.warning("model note", model=self.name, note=note)
         if self._num_leases == 0:
             self._start_idle_timer()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantd.kernels import ops
-from quantd.plugins.api import LinearSpec, QuantLinear, Refused, TensorSource
+from quantd.plugins.api import Description, LinearSpec, QuantLinear, Refused, TensorSource
 from quantd.plugins.gguf.format import BLOCKS, unpack
 from quantd.plugins.grouped import GroupedLinear, Part
 
@@ -49,6 +49,21 @@ class GgufQuantizer:
                 shapes[f"{part}.bias"] = (rows,)
         return shapes
 
+    def describe(self, spec: LinearSpec, source: TensorSource, device: torch.device) -> Description:
+        texts, nbytes, route = [], 0, "grouped"
+        for part, rows in zip(spec.parts, spec.part_rows, strict=True):
+            kind = source.dtype(f"{part}.weight")
+            if kind in BLOCKS:
+                # What a block becomes is the same for all of its type.
+                codes = unpack(kind, torch.zeros(1, BLOCKS[kind][1], dtype=torch.uint8))
+                text, size = _text(kind, codes), _row_bytes(codes, spec)
+                route = ops.pack_grouped([codes], (1, BLOCKS[kind][0])).route
+            else:
+                text, size = f"plain {kind}", spec.in_features * spec.dtype.itemsize
+            texts.append(text)
+            nbytes += rows * size
+        return Description("; ".join(dict.fromkeys(texts)), nbytes, route)
+
     def dequantize_rows(self, name: str, source: TensorSource, rows: Tensor) -> Tensor:
         data, kind = source.read(name)[rows], source.dtype(name)
         return data.float() if kind in _FLOATS else ops.dequantize_grouped(unpack(kind, data))
@@ -56,6 +71,17 @@ class GgufQuantizer:
     def load(self, spec: LinearSpec, source: TensorSource, device: torch.device) -> QuantLinear:
         parts = [_load_part(spec, source, f"{part}.weight", device) for part in spec.parts]
         return GroupedLinear(parts, _bias(spec, source, device) if spec.bias else None)
+
+
+def _text(kind: str, codes: ops.GroupedCodes) -> str:
+    table = " of a table" if codes.table is not None else ""
+    return f"{kind}: {codes.bits} bits{table}, groups of {codes.group}"
+
+
+def _row_bytes(codes: ops.GroupedCodes, spec: LinearSpec) -> int:
+    scales = 1 if codes.offset is None else 2
+    groups = -(-spec.in_features // codes.group)
+    return spec.in_features * codes.bits // 8 + groups * scales * (4 if spec.exact else 2)
 
 
 def _load_part(spec: LinearSpec, source: TensorSource, name: str, device: torch.device) -> Part:

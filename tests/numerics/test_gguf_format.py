@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,9 @@ from gguf.constants import GGML_QUANT_SIZES
 from quantd.daemon.gguf.types import BLOCKS as FILE_BLOCKS
 from quantd.daemon.gguf.types import TYPE_NAMES
 from quantd.kernels import ops
+from quantd.plugins.api import LinearSpec
 from quantd.plugins.gguf.format import BLOCKS, unpack
+from quantd.plugins.gguf.plugin import GgufQuantizer
 
 ROWS, BLOCKS_PER_ROW = 48, 3
 _HALVES = {
@@ -94,3 +99,42 @@ def test_a_view_of_some_rows_is_read_as_those_rows(name: str) -> None:
     whole, some = unpack(name, raw), unpack(name, raw[16:32])
     assert torch.equal(some.codes, whole.codes[16:32])
     assert torch.equal(some.scale, whole.scale[16:32])
+
+
+class Typed:
+    """A TensorSource whose tensors have a type and nothing else."""
+
+    config: Mapping[str, Any] = {}
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def names(self) -> Collection[str]:
+        raise NotImplementedError
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def dtype(self, name: str) -> str:
+        return self._kind
+
+    def read(self, name: str) -> torch.Tensor:
+        raise NotImplementedError
+
+    def release(self, name: str) -> None:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("Q4_K", "Q4_K: 4 bits, groups of 32"),
+        ("IQ2_XXS", "IQ2_XXS: 4 bits of a table, groups of 32"),
+        ("Q6_K", "Q6_K: 6 bits, groups of 16"),
+    ],
+)
+def test_describes_what_a_type_becomes(kind: str, text: str) -> None:
+    spec = LinearSpec("lm_head", 512, (3,), ("lm_head",), torch.float32)
+    described = GgufQuantizer().describe(spec, Typed(kind), torch.device("cpu"))
+    assert described.text == text
+    assert 3 * 512 / 8 < described.nbytes < 3 * 512

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from quantd.plugins.api import LinearSpec, QuantLinear, Refused, TensorSource, api_version
-from quantd.plugins.select import GROUP, Registry, Rule, parse_rules, select
+from quantd.plugins.select import GROUP, Choice, Registry, Rule, notes, parse_rules, select
 
 CPU = torch.device("cpu")
 SPEC = LinearSpec(
@@ -132,11 +132,64 @@ def test_a_rule_comes_first() -> None:
 
 def test_a_rule_that_cannot_hold_is_refused() -> None:
     formats = registry(packed="formats_of_a_test:Packed")
-    spec = LinearSpec("lm_head", 12, (4,), ("lm_head",), torch.float32)
+    spec = LinearSpec("lm_head", 12, (4,), SPEC.parts[:1], torch.float32)
     with pytest.raises(Refused, match=r"lm_head: in_features is 12, must be a multiple of 8"):
         select(spec, Headers("weight"), CPU, formats, (Rule("lm_head", "packed"),))
     with pytest.raises(Refused, match=r"no quantizer 'gptq' is installed \(installed: dense, pack"):
         select(spec, Headers("weight"), CPU, formats, (Rule("*", "gptq"),))
+
+
+def test_every_other_quantizer_has_a_reason_and_is_not_imported_for_it() -> None:
+    formats = registry(packed="formats_of_a_test:Packed", broken="formats_of_a_test:broken")
+    plain = select(SPEC, Headers("weight"), CPU, formats)
+    why = "not asked, the layer's tensors are dense"
+    assert plain.refusals == (("broken", why), ("packed", why))
+    ruled = select(SPEC, Headers("weight"), CPU, formats, (Rule("*", "dense"),))
+    why = "not asked, the rule *=dense comes first"
+    assert ruled.refusals == (("broken", why), ("packed", why))
+    assert (Packed.made, formats.warnings) == (0, ())
+
+
+def test_a_rule_cannot_turn_one_format_into_another() -> None:
+    formats = registry(packed="formats_of_a_test:Packed")
+    with pytest.raises(Refused) as refused:
+        select(SPEC, Headers("qweight", "I32"), CPU, formats, (Rule("*", "dense"),))
+    assert str(refused.value) == (
+        f"the rule *=dense cannot hold for the layer {SPEC.name}: it is already packed"
+    )
+    kept = select(SPEC, Headers("qweight", "I32"), CPU, formats, (Rule("*", "packed"),))
+    assert (kept.quantizer.name, kept.stored) == ("packed", "packed")
+    with pytest.raises(Refused, match="no installed format knows .* of the types I8"):
+        select(SPEC, Headers("weight", "I8"), CPU, formats, (Rule("*", "dense"),))
+
+
+def test_auto_in_a_rule_asks_the_tensors() -> None:
+    formats = registry(packed="formats_of_a_test:Packed")
+    rules = (Rule("*.qkv_proj", "auto"), Rule("*", "packed"))
+    choice = select(SPEC, Headers("weight"), CPU, formats, rules)
+    assert (choice.quantizer.name, choice.reason) == ("dense", "the checkpoint's tensors")
+
+
+def test_a_bare_name_leaves_routers_as_they_are() -> None:
+    formats = registry(packed="formats_of_a_test:Packed")
+    router = LinearSpec("model.layers.0.mlp.gate", 8, (8, 4, 4), SPEC.parts, torch.float32)
+    source = Headers("weight")
+    assert select(router, source, CPU, formats, parse_rules("packed")).quantizer.name == "dense"
+    assert select(SPEC, source, CPU, formats, parse_rules("packed")).quantizer.name == "packed"
+    assert select(router, source, CPU, formats, parse_rules("*=packed")).quantizer.name == "packed"
+
+
+def test_plain_tensors_under_a_quantized_config_are_a_note() -> None:
+    formats = registry(packed="formats_of_a_test:Packed")
+    config = {"quantization_config": {"quant_method": "gptq"}}
+    plain = select(SPEC, Headers("weight", config=config), CPU, formats)
+    ruled = select(SPEC, Headers("weight"), CPU, formats, (Rule("*", "packed"),))
+    assert notes(config, [plain, ruled]) == (
+        "config.json says quant_method 'gptq' but the tensors of all 2 layers are plain",
+    )
+    packed: Choice = select(SPEC, Headers("qweight", "I32"), CPU, formats)
+    assert notes(config, [plain, packed]) == ()
+    assert notes({}, [plain]) == ()
 
 
 def test_a_broken_format_is_a_warning_that_names_it() -> None:
@@ -165,7 +218,8 @@ def test_another_version_of_the_api_is_broken() -> None:
 
 def test_rules_as_text() -> None:
     assert parse_rules("auto") == ()
-    assert parse_rules("dense") == (Rule("*", "dense"),)
+    routers_are_spared = Rule("*.mlp.gate", "auto")
+    assert parse_rules("dense") == (routers_are_spared, Rule("*", "dense"))
     assert parse_rules("lm_head=dense, *.mlp.*=int8") == (
         Rule("lm_head", "dense"),
         Rule("*.mlp.*", "int8"),
