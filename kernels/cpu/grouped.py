@@ -141,6 +141,8 @@ def unpack_grouped(w: GroupedWeight) -> torch.Tensor:
 
 def grouped_linear(x: torch.Tensor, w: GroupedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """x [T, K] times w transposed plus bias [N] -> [T, N] of x's dtype, fp32 inside."""
+    if x.shape[0] == 0:
+        return x.new_empty((0, w.shape[0]))
     native = native_grouped()
     if native is not None and w.call is not None:
         return native.linear(x, w.call, bias)

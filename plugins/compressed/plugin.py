@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quantd.kernels import ops
+from quantd.plugins import parts
 from quantd.plugins.api import Description, LinearSpec, QuantLinear, Refused, TensorSource
 from quantd.plugins.compressed.format import grouped, order_of, raise_codes, unpack_columns
 from quantd.plugins.compressed.scheme import Scheme, is_compressed, scheme_of
@@ -33,11 +34,7 @@ class CompressedTensorsQuantizer:
         return not all(plain)
 
     def refuses(self, spec: LinearSpec, device: torch.device) -> str | None:
-        if device.type != "cpu":
-            return f"grouped weights have no kernel for {device.type} yet"
-        if not spec.dtype.is_floating_point:
-            return f"activations are {spec.dtype}, which is no floating point type"
-        return None
+        return parts.why_not(spec, device)
 
     def tensors(self, spec: LinearSpec, source: TensorSource) -> Mapping[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
@@ -71,11 +68,11 @@ class CompressedTensorsQuantizer:
         raise Refused(f"{self.name} has no tables of embeddings, so it cannot read {name}")
 
     def load(self, spec: LinearSpec, source: TensorSource, device: torch.device) -> QuantLinear:
-        parts = [
+        loaded = [
             _load_part(spec, source, part, rows, device)
             for part, rows in zip(spec.parts, spec.part_rows, strict=True)
         ]
-        return GroupedLinear(parts, _bias(spec, source, device) if spec.bias else None)
+        return GroupedLinear(loaded, _bias(spec, source, device) if spec.bias else None)
 
 
 def _is_plain(source: TensorSource, part: str) -> bool:

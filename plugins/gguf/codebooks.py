@@ -32,6 +32,11 @@ def words(data: Tensor) -> Tensor:
     return data.contiguous().view(torch.int16).int().bitwise_and_(0xFFFF)
 
 
+def _copy(data: Tensor) -> Tensor:
+    """One block counts as contiguous, but lies two bytes off where words of four may begin."""
+    return data.clone(memory_format=torch.contiguous_format)
+
+
 def nibbles(data: Tensor) -> Tensor:
     """uint8 [..., n] -> [..., 2n], the low half of each byte before its high one."""
     return torch.stack((data & 15, data >> 4), dim=-1).flatten(-2)
@@ -44,7 +49,7 @@ def bits(data: Tensor, value: int) -> Tensor:
 
 def iq2_xxs(blocks: Tensor) -> GroupedCodes:
     """Per 32: four indices, four times seven bits of signs, four bits of scale."""
-    pairs = torch.unflatten(blocks[..., 2:].contiguous().view(torch.int32), -1, (8, 2))
+    pairs = torch.unflatten(_copy(blocks[..., 2:]).view(torch.int32), -1, (8, 2))
     signs = _seven_bit_signs(pairs[..., 1])
     index = torch.unflatten(blocks[..., 2:], -1, (8, 8))[..., :4]
     codes = _eights("IQ2_XXS", index.int()) | signs
@@ -71,7 +76,7 @@ def iq2_s(blocks: Tensor) -> GroupedCodes:
 
 def iq3_xxs(blocks: Tensor) -> GroupedCodes:
     """Per 4: eight bits of index; per 32: four times seven bits of signs, four bits of scale."""
-    packed = blocks[..., 66:].contiguous().view(torch.int32)
+    packed = _copy(blocks[..., 66:]).view(torch.int32)
     index = blocks[..., 2:66].int()
     codes = _fours("IQ3_XXS", index) | _seven_bit_signs(packed).flatten(-2)
     scale = (packed >> 28 & 15).float().add_(0.5) * 0.5

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from quantd.kernels import ops
-from quantd.plugins.api import Description, LinearSpec, QuantLinear, Refused, TensorSource
+from quantd.plugins import parts
+from quantd.plugins.api import Description, LinearSpec, QuantLinear, TensorSource
 from quantd.plugins.gguf.format import BLOCKS, unpack
 from quantd.plugins.grouped import GroupedLinear, Part
 
@@ -35,11 +36,7 @@ class GgufQuantizer:
         return bool(types & BLOCKS.keys()) and types <= BLOCKS.keys() | _FLOATS
 
     def refuses(self, spec: LinearSpec, device: torch.device) -> str | None:
-        if device.type != "cpu":
-            return f"grouped weights have no kernel for {device.type} yet"
-        if not spec.dtype.is_floating_point:
-            return f"activations are {spec.dtype}, which is no floating point type"
-        return None
+        return parts.why_not(spec, device)
 
     def tensors(self, spec: LinearSpec, source: TensorSource) -> Mapping[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
@@ -69,8 +66,8 @@ class GgufQuantizer:
         return data.float() if kind in _FLOATS else ops.dequantize_grouped(unpack(kind, data))
 
     def load(self, spec: LinearSpec, source: TensorSource, device: torch.device) -> QuantLinear:
-        parts = [_load_part(spec, source, f"{part}.weight", device) for part in spec.parts]
-        return GroupedLinear(parts, _bias(spec, source, device) if spec.bias else None)
+        loaded = [_load_part(spec, source, part, device) for part in spec.parts]
+        return GroupedLinear(loaded, parts.load_bias(spec, source, device))
 
 
 def _text(kind: str, codes: ops.GroupedCodes) -> str:
@@ -84,32 +81,19 @@ def _row_bytes(codes: ops.GroupedCodes, spec: LinearSpec) -> int:
     return spec.in_features * codes.bits // 8 + groups * scales * (4 if spec.exact else 2)
 
 
-def _load_part(spec: LinearSpec, source: TensorSource, name: str, device: torch.device) -> Part:
-    kind, stored = source.dtype(name), source.read(name)
-    part: Part
-    if kind in BLOCKS:
-        shape = source.shape(name)
-        chunks = _chunks(kind, stored, spec.in_features)
-        part = ops.pack_grouped(chunks, (shape[0], shape[1]), exact=spec.exact)
-    else:
-        # A copy in any case: a route of pack_linear may keep the tensor that it is given.
-        part = ops.pack_linear(stored.to(device, spec.dtype, copy=True))
+def _load_part(spec: LinearSpec, source: TensorSource, part: str, device: torch.device) -> Part:
+    name = f"{part}.weight"
+    kind = source.dtype(name)
+    if kind not in BLOCKS:
+        return parts.plain_part(spec, part, source, device)
+    rows, columns = source.shape(name)
+    chunks = _chunks(kind, source.read(name), spec.in_features)
+    packed = ops.pack_grouped(chunks, (rows, columns), exact=spec.exact)
     source.release(name)
-    return part
+    return packed
 
 
 def _chunks(kind: str, stored: Tensor, columns: int) -> Iterator[ops.GroupedCodes]:
     rows = max(_CHUNK_ROWS, _CHUNK_VALUES // columns // _CHUNK_ROWS * _CHUNK_ROWS)
     for start in range(0, len(stored), rows):
         yield unpack(kind, stored[start : start + rows])
-
-
-def _bias(spec: LinearSpec, source: TensorSource, device: torch.device) -> Tensor:
-    biases = []
-    for part in spec.parts:
-        name = f"{part}.bias"
-        if source.dtype(name) not in _FLOATS:
-            raise Refused(f"the tensor {name} is of the type {source.dtype(name)}, must be a float")
-        biases.append(source.read(name).to(device, spec.dtype, copy=True))
-        source.release(name)
-    return torch.cat(biases)

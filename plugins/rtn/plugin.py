@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantd.kernels import ops
+from quantd.plugins import parts
 from quantd.plugins.api import Description, LinearSpec, QuantLinear, Refused, TensorSource
 from quantd.plugins.grouped import GroupedLinear
 from quantd.plugins.rtn.codes import INT4_GROUP, int4_codes, int8_codes
@@ -34,11 +35,7 @@ class _Rounded:
         return False
 
     def refuses(self, spec: LinearSpec, device: torch.device) -> str | None:
-        if device.type != "cpu":
-            return f"grouped weights have no kernel for {device.type} yet"
-        if not spec.dtype.is_floating_point:
-            return f"activations are {spec.dtype}, which is no floating point type"
-        return None
+        return parts.why_not(spec, device)
 
     def tensors(self, spec: LinearSpec, source: TensorSource) -> Mapping[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
@@ -68,15 +65,15 @@ class _Rounded:
         raise Refused(f"{self.name} has no tables of embeddings, so it cannot read {name}")
 
     def load(self, spec: LinearSpec, source: TensorSource, device: torch.device) -> QuantLinear:
-        parts = []
+        loaded = []
         for part, rows in zip(spec.parts, spec.part_rows, strict=True):
             name = f"{part}.weight"
             chunks = self._chunks(name, source.read(name))
             shape = (rows, spec.in_features)
             packed = ops.pack_grouped(chunks, shape, exact=spec.exact, per_row=self._per_row)
-            parts.append(packed)
+            loaded.append(packed)
             source.release(name)
-        return GroupedLinear(parts, _bias(spec, source, device) if spec.bias else None)
+        return GroupedLinear(loaded, _bias(spec, source, device) if spec.bias else None)
 
     def _chunks(self, name: str, stored: Tensor) -> Iterator[ops.GroupedCodes]:
         rows = max(_CHUNK_ROWS, _CHUNK_VALUES // stored.shape[1] // _CHUNK_ROWS * _CHUNK_ROWS)

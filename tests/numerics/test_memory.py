@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from numerics.tiny import Family, make_model
 
+from quantd.daemon.types import LoadModel
+from quantd.daemon.worker import machine, memory
+from quantd.daemon.worker.load import load_model
 from quantd.daemon.worker.machine import available_memory, physical_cores
-from quantd.daemon.worker.memory import allocate, check_kv_bytes, num_blocks
+from quantd.daemon.worker.memory import allocate, block_bytes, check_kv_bytes, num_blocks
 from quantd.daemon.worker.models.config import ModelConfig
 from quantd.daemon.worker.models.families import read_config
 from quantd.plugins.api import Refused
@@ -45,17 +49,37 @@ def test_number_of_blocks() -> None:
 def test_more_than_there_is_is_an_error() -> None:
     with pytest.raises(MemoryError, match="kv_bytes is 2000, more than the 1999 bytes"):
         num_blocks(2000, 1000, max_context=160, available=1999)
-    # No later attempt can change this one.
-    with pytest.raises(Refused, match="kv_bytes is 999, less than the 1000 bytes"):
-        num_blocks(999, 1000, max_context=160, available=GIB)
 
 
-def test_more_than_the_machine_has_is_refused_before_loading() -> None:
-    cpu = torch.device("cpu")
-    with pytest.raises(Refused, match=f"kv_bytes is {1 << 60}: .* bytes that cpu has available"):
-        check_kv_bytes(1 << 60, cpu)
-    check_kv_bytes(1, cpu)
-    check_kv_bytes(None, cpu)
+def test_what_can_never_be_is_refused_and_what_cannot_be_now_is_an_error(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "total_memory", lambda: 4 * GIB)
+    monkeypatch.setattr(memory, "available_memory", lambda: 2 * GIB)
+
+    def check(kv_bytes: int | None) -> None:
+        check_kv_bytes(kv_bytes, config, torch.float32, torch.device("cpu"))
+
+    one_block = block_bytes(config, torch.float32)
+    for fits in (None, one_block, 2 * GIB):
+        check(fits)
+    with pytest.raises(Refused, match=f"kv_bytes is {one_block - 1}, less than the {one_block} by"):
+        check(one_block - 1)
+    with pytest.raises(Refused, match=f"kv_bytes is {4 * GIB + 1}, more than .* that cpu has"):
+        check(4 * GIB + 1)
+    with pytest.raises(MemoryError, match=f"kv_bytes is {4 * GIB}, more than .* available now"):
+        check(4 * GIB)
+
+
+def test_the_total_is_the_lower_of_the_machines_and_its_cgroups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_cgroups", lambda: [tmp_path])
+    unlimited = machine.total_memory()
+    assert available_memory() <= unlimited
+    for text, total in (("max", unlimited), (str(1 << 62), unlimited), ("123456789", 123456789)):
+        (tmp_path / "memory.max").write_text(text)
+        assert machine.total_memory() == total
 
 
 def resident_bytes() -> int:
@@ -88,3 +112,17 @@ def test_copies_reach_every_layer(config: ModelConfig) -> None:
 def test_machine() -> None:
     assert 0 < available_memory() < 1 << 50
     assert 1 <= physical_cores() <= torch.get_num_threads() * 1024
+
+
+def test_a_wrong_budget_is_found_before_any_weight_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    make_model(Family("llama"), folder)
+    stages: list[str] = []
+    for kv_bytes in (1, 1 << 60):
+        with pytest.raises(Refused, match=f"kv_bytes is {kv_bytes}, "):
+            load_model(
+                LoadModel(path=str(folder), dtype="float32", device="cpu", kv_bytes=kv_bytes),
+                lambda progress: stages.append(progress.stage),
+            )
+    assert stages == ["checking", "checking"]

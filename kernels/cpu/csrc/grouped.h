@@ -91,17 +91,16 @@ INLINE float g_quantize(const float *x, int64_t count, float most, int8_t *codes
 static void g_quantize_row(const struct g_ready *in, int64_t row, const float *x) {
     int64_t blocks = in->input.blocks;
     int8_t *codes = in->input.codes + row * blocks * G_COLUMNS;
-    float *scales = in->input.scales + row * blocks;
-    int32_t *sums = in->input.sums + row * blocks * 2;
+    struct g_scale *scales = in->input.scales + row * blocks;
     float most = in->source.kind == G_PER_ROW ? g_most(x, blocks * G_COLUMNS) : 0;
     for (int64_t b = 0; b < blocks; b++, x += G_COLUMNS, codes += G_COLUMNS) {
         if (in->source.kind == G_PER_BLOCK) most = g_most(x, G_COLUMNS);
-        scales[b] = g_quantize(x, G_COLUMNS, most, codes);
-        for (int h = 0; h < 2; h++) {
-            int32_t sum = 0;
-            for (int i = 0; i < G_COLUMNS / 2; i++) sum += codes[h * G_COLUMNS / 2 + i];
-            sums[2 * b + h] = sum;
-        }
+        float scale = g_quantize(x, G_COLUMNS, most, codes);
+        int32_t sums[2] = {0};
+        for (int h = 0; h < 2; h++)
+            for (int i = 0; i < G_COLUMNS / 2; i++) sums[h] += codes[h * G_COLUMNS / 2 + i];
+        scales[b] = (struct g_scale){scale, {scale * (float)(sums[0] + sums[1]),
+                                             scale * (float)sums[0], scale * (float)sums[1]}};
     }
 }
 
@@ -168,7 +167,7 @@ static void g_multiply(const struct g_call *a, const struct g_part *p, int64_t n
     struct g_run run = {
         .table = table, .total = s->total, .x_blocks = in->blocks, .group_bytes = g_group_bytes(p),
         .units_per_group = p->group / (G_COLUMNS / halves), .wide = p->flags & G_WIDE,
-        .offset = p->flags & G_OFFSET, .center = g_center(p) - (g_is_signed(store) ? 128 : 0),
+        .offset = p->flags & G_OFFSET, .center = (float)(g_center(p) - (g_is_signed(store) ? 128 : 0)),
     };
     int64_t step = direct ? in->blocks : G_DEPTH;
     memset(s->total, 0, (size_t)((stop - start) * G_ROWS) * sizeof *s->total);
@@ -180,8 +179,7 @@ static void g_multiply(const struct g_call *a, const struct g_part *p, int64_t n
         run.unit_of_group = unit % run.units_per_group;
         run.x = in->codes + (start * in->blocks + b) * G_COLUMNS;
         run.x_scales = in->scales + start * in->blocks + b;
-        run.x_sums = in->sums + 2 * (start * in->blocks + b);
-        if (!direct) g_fill(p, panel, b, run.blocks, s->values);
+        if (!direct) g_fill(p, panel, b, run.blocks, table, s->values);
         g_run(store, halves, stop - start, run);
     }
     g_finish(a, s->total, G_ROWS, (const float *)panel, start, stop, column + n * G_ROWS,
@@ -251,8 +249,7 @@ static char *g_place_inputs(struct g_call *a, const struct g_source *sources, ch
             continue;
         }
         in->input.codes = (int8_t *)g_take(&at, a->rows * blocks * G_COLUMNS);
-        in->input.scales = (float *)g_take(&at, a->rows * blocks * 4);
-        in->input.sums = (int32_t *)g_take(&at, a->rows * blocks * 8);
+        in->input.scales = (void *)g_take(&at, a->rows * blocks * (int64_t)sizeof(struct g_scale));
     }
     return at;
 }

@@ -10,28 +10,33 @@
  */
 
 /* Where values come from: packed codes, a table's, or what g_fill has unpacked. */
-enum { G_2, G_3, G_4, G_5, G_6, G_8, G_4T, G_RAW8, G_RAW4, G_RAW2, G_RAW1, G_STORES };
+enum { G_2, G_3, G_4, G_5, G_6, G_8, G_4T, G_RAW8, G_RAW2, G_RAW1, G_STORES };
 
-/* Quads that a lane of 16 bits can add up; 0: values are signed. 127 * 2 * (15 * 8) < 32768. */
+/* Quads that a lane of 16 bits can add up; 0: values are signed. 127 * 2 * (15 * 8) < 32768. Four
+ * for 5 bits would need as many registers again. */
 INLINE int g_depth(int store) {
     switch (store) {
         case G_2: case G_3: case G_4: case G_RAW8: return 8;
-        case G_5: case G_RAW4: return 4;
-        case G_6: case G_RAW2: return 2;
+        case G_5: case G_6: case G_RAW2: return 2;
         default: return 0;
     }
 }
 
 INLINE int g_store_bits(int store) {
-    static const int bits[] = {2, 3, 4, 5, 6, 8, 4, 8, 8, 8, 8};
+    static const int bits[] = {2, 3, 4, 5, 6, 8, 4, 8, 8, 8};
     return bits[store];
 }
 
-/* Rows of activations, [rows][blocks * 32], and for each block a scale and two sums of 16. */
+/* Eight bits of a row's activations: 32 columns are codes * scale. */
+struct g_scale {
+    float scale;
+    float sums[3]; /* scale * sum of codes: of all, of the first 16, of the last 16 */
+};
+
+/* [rows][blocks * 32] and [rows][blocks] */
 struct g_input {
     int8_t *codes;
-    float *scales;
-    int32_t *sums;
+    struct g_scale *scales;
     int64_t blocks;
 };
 
@@ -39,13 +44,12 @@ struct g_run {
     const uint8_t *codes;       /* the first block's */
     const char *scales;         /* of the group of the first block */
     const int8_t *x;            /* the first row's first block */
-    const float *x_scales;
-    const int32_t *x_sums;
+    const struct g_scale *x_scales;
     const uint8_t *table;
     float *total;               /* [rows][16], added to */
     int64_t blocks, x_blocks;
     int64_t unit_of_group, units_per_group, group_bytes; /* a unit: 32 columns, or 16 */
-    int32_t center;
+    float center;
     bool wide, offset;
 };
 
@@ -134,41 +138,88 @@ INLINE void g_dot(int store, int nr, const uint8_t *block, int first, int count,
 
 #elif defined(__AVX2__)
 
-INLINE void g_dot(int store, int nr, const uint8_t *block, int first, int count, const int8_t *x,
-                  int64_t x_row, g_bytes table, gi sum[G_TILE][G_VECTORS]) {
-    const int depth = g_depth(store), pairs = count / 2, flush = depth > count ? count : depth;
-    const __m256i one = _mm256_set1_epi16(1);
-    __m256i wide[G_TILE][2], narrow[G_TILE][2];
-#pragma GCC unroll 4
-    for (int pair = 0; pair < pairs; pair++) {
-        int q = first + 2 * pair;
-        __m256i w[2][2], size[2][2];
-        for (int e = 0; e < 2; e++)
-            for (int v = 0; v < 2; v++) {
-                w[e][v] = g_quad(store, block, q + e, v, table);
-                if (!depth) size[e][v] = _mm256_abs_epi8(w[e][v]);
-            }
+/* The compiler would add two products first, and then has no register for every sum. */
+INLINE __m256i g_in_order(__m256i sum) {
+    __asm__("" : "+x"(sum));
+    return sum;
+}
+
+/* sum += two quads from q on; deep: all in 16 bits. */
+INLINE void g_add_deep(int store, int nr, const uint8_t *block, int q, const int8_t *x,
+                       int64_t x_row, __m256i sum[G_TILE][G_VECTORS]) {
+    for (int e = 0; e < 2; e++) {
+        __m256i w[2];
+        for (int v = 0; v < 2; v++) w[v] = g_quad(store, block, q + e, v, _mm256_setzero_si256());
         for (int r = 0; r < nr; r++) {
-            __m256i a = g_spread(x + r * x_row + 4 * q), b = g_spread(x + r * x_row + 4 * q + 4);
+            __m256i a = g_spread(x + r * x_row + 4 * (q + e));
+            for (int v = 0; v < 2; v++)
+                sum[r][v] = g_in_order(_mm256_add_epi16(sum[r][v], _mm256_maddubs_epi16(w[v], a)));
+        }
+    }
+}
+
+INLINE void g_add_pair(int store, int nr, const uint8_t *block, int q, const int8_t *x,
+                       int64_t x_row, __m256i sum[G_TILE][G_VECTORS]) {
+    __m256i w[2][2];
+    for (int e = 0; e < 2; e++)
+        for (int v = 0; v < 2; v++) w[e][v] = g_quad(store, block, q + e, v, _mm256_setzero_si256());
+    for (int r = 0; r < nr; r++) {
+        __m256i a = g_spread(x + r * x_row + 4 * q), b = g_spread(x + r * x_row + 4 * q + 4);
+        for (int v = 0; v < 2; v++) {
+            __m256i m = _mm256_add_epi16(_mm256_maddubs_epi16(w[0][v], a),
+                                         _mm256_maddubs_epi16(w[1][v], b));
+            m = _mm256_madd_epi16(m, _mm256_set1_epi16(1));
+            sum[r][v] = g_in_order(_mm256_add_epi32(sum[r][v], m));
+        }
+    }
+}
+
+/* Of |w| and x with the sign of w. */
+INLINE void g_add_signed(int store, int nr, const uint8_t *block, int q, const int8_t *x,
+                         int64_t x_row, __m256i table, __m256i sum[G_TILE][G_VECTORS]) {
+    for (int e = 0; e < 2; e++) {
+        __m256i w[2], size[2];
+        for (int v = 0; v < 2; v++) {
+            w[v] = g_quad(store, block, q + e, v, table);
+            size[v] = _mm256_abs_epi8(w[v]);
+        }
+        for (int r = 0; r < nr; r++) {
+            __m256i a = g_spread(x + r * x_row + 4 * (q + e));
             for (int v = 0; v < 2; v++) {
-                if (!depth) {
-                    __m256i m = _mm256_maddubs_epi16(size[0][v], _mm256_sign_epi8(a, w[0][v]));
-                    __m256i n = _mm256_maddubs_epi16(size[1][v], _mm256_sign_epi8(b, w[1][v]));
-                    m = _mm256_add_epi32(_mm256_madd_epi16(m, one), _mm256_madd_epi16(n, one));
-                    wide[r][v] = pair ? _mm256_add_epi32(wide[r][v], m) : m;
-                    continue;
-                }
-                __m256i m = _mm256_add_epi16(_mm256_maddubs_epi16(w[0][v], a),
-                                             _mm256_maddubs_epi16(w[1][v], b));
-                narrow[r][v] = 2 * pair % flush ? _mm256_add_epi16(narrow[r][v], m) : m;
-                if ((2 * pair + 2) % flush) continue;
-                m = _mm256_madd_epi16(narrow[r][v], one);
-                wide[r][v] = 2 * pair >= flush ? _mm256_add_epi32(wide[r][v], m) : m;
+                __m256i m = _mm256_maddubs_epi16(size[v], _mm256_sign_epi8(a, w[v]));
+                m = _mm256_madd_epi16(m, _mm256_set1_epi16(1));
+                sum[r][v] = g_in_order(_mm256_add_epi32(sum[r][v], m));
             }
         }
     }
+}
+
+INLINE void g_add(int store, int nr, const uint8_t *block, int q, const int8_t *x, int64_t x_row,
+                  __m256i table, __m256i sum[G_TILE][G_VECTORS]) {
+    if (g_depth(store) > 2)
+        g_add_deep(store, nr, block, q, x, x_row, sum);
+    else if (g_depth(store))
+        g_add_pair(store, nr, block, q, x, x_row, sum);
+    else
+        g_add_signed(store, nr, block, q, x, x_row, table, sum);
+}
+
+INLINE void g_dot(int store, int nr, const uint8_t *block, int first, int count, const int8_t *x,
+                  int64_t x_row, g_bytes table, gi sum[G_TILE][G_VECTORS]) {
+    __m256i added[G_TILE][2];
+    for (int r = 0; r < nr; r++) added[r][0] = added[r][1] = _mm256_setzero_si256();
+    /* Unrolled where shifts depend on q; else not, or the compiler runs out of registers. */
+    if (store < G_RAW8) {
+#pragma GCC unroll 4
+        for (int q = first; q < first + count; q += 2) g_add(store, nr, block, q, x, x_row, table, added);
+    } else {
+#pragma GCC unroll 1
+        for (int q = first; q < first + count; q += 2) g_add(store, nr, block, q, x, x_row, table, added);
+    }
     for (int r = 0; r < nr; r++)
-        for (int v = 0; v < 2; v++) sum[r][v] = (gi)wide[r][v];
+        for (int v = 0; v < 2; v++)
+            sum[r][v] = (gi)(g_depth(store) > 2 ? _mm256_madd_epi16(added[r][v], _mm256_set1_epi16(1))
+                                                : added[r][v]);
 }
 
 #else
@@ -200,6 +251,30 @@ INLINE gf gf_fma(gf a, gf b, gf c) {
 #endif
 }
 
+/* What packed codes are once they are unpacked. */
+INLINE int g_unpacked(int store) {
+    if (!G_SIGNED || g_depth(store) == 8) return G_RAW8;
+    return g_depth(store) ? G_RAW2 : G_RAW1;
+}
+
+#if defined(__AVX2__)
+INLINE void g_fill_blocks(int store, const uint8_t *block, int64_t count, g_bytes table,
+                          uint8_t *values) {
+    for (int64_t b = 0; b < count; b++, block += 64 * g_store_bits(store))
+#pragma GCC unroll 8
+        for (int q = 0; q < G_QUADS; q++)
+            for (int v = 0; v < G_VECTORS; v++, values += 4 * G_LANES) {
+                g_bytes a = g_quad(store, block, q, v, table);
+                memcpy(values, &a, sizeof a);
+            }
+}
+#else
+INLINE void g_fill_blocks(int store, const uint8_t *block, int64_t count, int table,
+                          uint8_t *values) {
+    (void)store, (void)block, (void)count, (void)table, (void)values;
+}
+#endif
+
 /* total[r][0:16] += the run's blocks, for nr rows. `halves` is 2 where a group may end after 16. */
 INLINE void g_run_blocks(int store, int halves, int nr, const struct g_run *a) {
 #if defined(__AVX2__)
@@ -208,34 +283,43 @@ INLINE void g_run_blocks(int store, int halves, int nr, const struct g_run *a) {
     int table = 0;
 #endif
     const int64_t block_bytes = 64 * g_store_bits(store), x_row = a->x_blocks * G_COLUMNS;
+    const int quads = G_QUADS / halves;
+    /* With many rows there are no registers left for unpacking. */
+    const bool spread = G_SIGNED && store < G_RAW8 && nr == G_TILE;
+    uint8_t values[G_VALUES] __attribute__((aligned(64)));
+    const bool wide = a->wide, offset = a->offset, shifted = a->offset || a->center != 0;
+    const gf center = gf_set(-a->center);
     gf total[G_TILE][G_VECTORS];
     for (int r = 0; r < nr; r++)
         for (int v = 0; v < G_VECTORS; v++) total[r][v] = gf_load(a->total + r * G_ROWS + v * G_LANES);
     const char *scales = a->scales;
+    const struct g_scale *x_scale = a->x_scales;
+    const int8_t *x = a->x;
+    const uint8_t *block = a->codes;
     int64_t unit = a->unit_of_group;
-    for (int64_t b = 0; b < a->blocks; b++) {
-        const uint8_t *block = a->codes + b * block_bytes;
-        if (store < G_RAW8 && nr <= 2)
-            for (int64_t at = 0; at < block_bytes; at += 64) __builtin_prefetch(block + 2048 + at, 0, 3);
+    for (int64_t b = 0; b < a->blocks; b++, block += block_bytes, x += G_COLUMNS, x_scale++) {
+        if (store < G_RAW8)
+            for (int64_t at = 0; at < block_bytes; at += 64) __builtin_prefetch(block + 1536 + at, 0, 3);
+        if (spread) g_fill_blocks(store, block, 1, table, values);
+#pragma GCC unroll 2
         for (int h = 0; h < halves; h++) {
             gi sum[G_TILE][G_VECTORS];
-            const int quads = G_QUADS / halves;
-            g_dot(store, nr, block, h * quads, quads, a->x + b * G_COLUMNS, x_row, table, sum);
-            gf scale[G_VECTORS], offset[G_VECTORS];
+            if (spread)
+                g_dot(g_unpacked(store), nr, values, h * quads, quads, x, x_row, table, sum);
+            else
+                g_dot(store, nr, block, h * quads, quads, x, x_row, table, sum);
+            gf scale[G_VECTORS], shift[G_VECTORS];
             for (int v = 0; v < G_VECTORS; v++) {
-                scale[v] = gf_scale(scales, v * G_LANES, a->wide);
-                if (a->offset) offset[v] = gf_scale(scales, G_ROWS + v * G_LANES, a->wide);
+                scale[v] = gf_scale(scales, v * G_LANES, wide);
+                shift[v] = scale[v] * center;
+                if (offset) shift[v] += gf_scale(scales, G_ROWS + v * G_LANES, wide);
             }
             for (int r = 0; r < nr; r++) {
-                const int32_t *sums = a->x_sums + 2 * (r * a->x_blocks + b);
-                int32_t x_sum = halves == 2 ? sums[h] : sums[0] + sums[1];
-                float by = a->x_scales[r * a->x_blocks + b];
-                gi center = gi_set(a->center * x_sum);
+                const struct g_scale *by = x_scale + r * a->x_blocks;
+                gf one = gf_set(by->scale), some = gf_set(by->sums[halves == 2 ? 1 + h : 0]);
                 for (int v = 0; v < G_VECTORS; v++) {
-                    gf part = gf_of(sum[r][v] - center);
-                    total[r][v] = gf_fma(part, scale[v] * gf_set(by), total[r][v]);
-                    if (a->offset)
-                        total[r][v] = gf_fma(offset[v], gf_set(by * (float)x_sum), total[r][v]);
+                    total[r][v] = gf_fma(gf_of(sum[r][v]), scale[v] * one, total[r][v]);
+                    if (shifted) total[r][v] = gf_fma(shift[v], some, total[r][v]);
                 }
             }
             if (++unit == a->units_per_group) unit = 0, scales += a->group_bytes;
@@ -271,7 +355,7 @@ G_RUNS(G_RAW8)
 #if defined(__AVX2__)
 G_RUNS(G_2) G_RUNS(G_3) G_RUNS(G_4) G_RUNS(G_5) G_RUNS(G_6) G_RUNS(G_8) G_RUNS(G_4T)
 #if !defined(__AVX512VNNI__)
-G_RUNS(G_RAW4) G_RUNS(G_RAW2) G_RUNS(G_RAW1)
+G_RUNS(G_RAW2) G_RUNS(G_RAW1)
 #endif
 #endif
 
@@ -282,7 +366,7 @@ static g_run_function *const g_runs[G_STORES][2][4] = {
     G_ENTRY(G_2), G_ENTRY(G_3), G_ENTRY(G_4), G_ENTRY(G_5), G_ENTRY(G_6), G_ENTRY(G_8),
     G_ENTRY(G_4T),
 #if !defined(__AVX512VNNI__)
-    G_ENTRY(G_RAW4), G_ENTRY(G_RAW2), G_ENTRY(G_RAW1),
+    G_ENTRY(G_RAW2), G_ENTRY(G_RAW1),
 #endif
 #endif
 };
@@ -295,7 +379,6 @@ static void g_run(int store, int halves, int64_t rows, struct g_run run) {
             function(&run);
             run.x += run.x_blocks * G_COLUMNS << power;
             run.x_scales += run.x_blocks << power;
-            run.x_sums += 2 * run.x_blocks << power;
             run.total += G_ROWS << power;
         }
     }
@@ -310,16 +393,29 @@ INLINE int g_direct(const struct g_part *p) {
 
 /* The store of the same part's unpacked values. */
 INLINE int g_raw(const struct g_part *p) {
-    if (!G_SIGNED) return G_RAW8;
-    if (p->flags & G_TABLE || p->bits == 8) return G_RAW1;
-    return p->bits == 6 ? G_RAW2 : p->bits == 5 ? G_RAW4 : G_RAW8;
+    int direct = g_direct(p);
+    return direct >= 0 ? g_unpacked(direct) : G_SIGNED ? G_RAW1 : G_RAW8;
 }
 
 INLINE bool g_is_signed(int store) { return G_SIGNED && !g_depth(store); }
 
-/* What g_raw's kernels read, for the blocks [first, first + count) of a panel. */
+/* The values of `count` blocks, as the kernels of g_raw read them. */
 static void g_fill(const struct g_part *p, const uint8_t *panel, int64_t first, int64_t count,
-                   uint8_t *values) {
+                   const uint8_t *table, uint8_t *values) {
+    const uint8_t *block = panel + g_head_bytes(p) + first * g_block_bytes(p);
+#if defined(__AVX2__)
+    const g_bytes lut = g_load_table(table);
+    switch (g_direct(p)) {
+        case G_2: g_fill_blocks(G_2, block, count, lut, values); return;
+        case G_3: g_fill_blocks(G_3, block, count, lut, values); return;
+        case G_4: g_fill_blocks(G_4, block, count, lut, values); return;
+        case G_5: g_fill_blocks(G_5, block, count, lut, values); return;
+        case G_6: g_fill_blocks(G_6, block, count, lut, values); return;
+        case G_8: g_fill_blocks(G_8, block, count, lut, values); return;
+        case G_4T: g_fill_blocks(G_4T, block, count, lut, values); return;
+    }
+#endif
+    (void)block, (void)table;
     for (int64_t b = 0; b < count; b++, values += G_VALUES) {
         g_values(p, panel, first + b, values);
         if (g_is_signed(g_raw(p)))

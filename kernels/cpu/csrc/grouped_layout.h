@@ -67,8 +67,13 @@ INLINE int g_low_bits(int bits) { return bits == 8 ? 8 : bits >= 4 ? 4 : 2; }
 
 /* ---- lanes -------------------------------------------------------------------------------- */
 
-INLINE gf gf_set(float a) { return (gf){0} + a; }
-INLINE gi gi_set(int32_t a) { return (gi){0} + a; }
+#if defined(__AVX512VNNI__)
+INLINE gf gf_set(float a) { return (gf)_mm512_set1_ps(a); }
+#elif defined(__AVX2__)
+INLINE gf gf_set(float a) { return (gf)_mm256_set1_ps(a); }
+#else
+INLINE gf gf_set(float a) { return (gf){a, a, a, a, a, a, a, a}; }
+#endif
 INLINE gf gf_of(gi a) { return __builtin_convertvector(a, gf); }
 
 INLINE gf gf_load(const float *p) {
@@ -180,7 +185,7 @@ INLINE void g_dequantize_block(const struct g_part *p, const uint8_t *panel, int
     g_values(p, panel, block, values);
     bool wide = p->flags & G_WIDE, offset = p->flags & G_OFFSET;
     const float *factor = (const float *)panel;
-    gi center = gi_set(g_center(p));
+    const int center = g_center(p);
     for (int64_t at = 0; at < columns; at += G_ROWS) {
         const char *scales = (const char *)panel + 64 +
                              (block * G_COLUMNS + at) / p->group * g_group_bytes(p);
@@ -214,8 +219,9 @@ static float g_factor(const float *scale, const float *offset, int64_t groups) {
         if (a > most && a < INFINITY) most = a;
         if (b > most && b < INFINITY) most = b;
     }
-    /* 2^-100 is as far down as the inverse of a factor is finite for certain. */
-    int exponent = most > 0x1p-100f ? ilogbf(most) : 0;
+    if (most == 0) return 1;
+    /* Farther down the inverse of the factor would be infinite. */
+    int exponent = ilogbf(most) > -100 ? ilogbf(most) : -100;
     return ldexpf(1, exponent - 8);
 }
 
