@@ -152,7 +152,10 @@ def notes() -> tuple[str, ...]:
     found = []
     library = open_library()
     if not isinstance(library, Library):
-        found.append(f"native CPU library not used, operations run in plain torch: {library}")
+        found.append(
+            f"native CPU library not used ({library}): operations run in plain torch, and "
+            "quantized weights are unpacked for every call. Install a C compiler, then quantd again"
+        )
     elif not library.has_threads:
         found.append("native CPU library runs on one thread: torch's OpenMP was not found")
     problem = onednn_problem(torch.bfloat16)

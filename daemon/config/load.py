@@ -69,6 +69,9 @@ def load(
     document, lines = _parse(path) if path is not None else ({}, {})
     here = path.absolute().parent if path is not None else Path.cwd()
     values = _sections(document, lines, str(path), here)
+    for name, struct in SECTIONS.items():
+        # All of the file, also what a flag overrides: it would fail on the day without the flag.
+        build(struct, name, values[name], {})
     if environment.log_level is not None:
         values["log"]["level"] = Value(environment.log_level, "$QUANTD_LOG", here, True)
     for key, text in (flags or {}).items():

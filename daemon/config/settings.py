@@ -30,7 +30,10 @@ DAY = 86400.0
 NAME = Text(pattern=r"[^\s/](?:\S*[^\s/])?", meaning="a name without spaces or outer slashes")
 _HOST = Text(pattern=r"[0-9A-Za-z.:*_\[\]%-]+", meaning="a host name or an IP address")
 _ORIGIN = Text(pattern=r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", meaning='"*" or "scheme://host[:port]"')
-_FORMAT = Text(pattern=r"[a-z0-9_-]+", meaning="a format's name")
+_FORMAT = Text(
+    pattern=r"([^\s=,]+=)?[a-z0-9_-]+(,\s*([^\s=,]+=)?[a-z0-9_-]+)*",
+    meaning="a format's name, or glob=name, several with commas between",
+)
 _DEVICE = Text(pattern=r"auto|cpu|cuda(:\d+)?", meaning='"auto", "cpu", "cuda" or "cuda:N"')
 
 Policy = Literal["fcfs", "priority", "sjf"]
@@ -144,12 +147,12 @@ class ModelSettings:
     dtype: Annotated[
         str,
         OneOf(choices=("auto", "bfloat16", "float16", "float32")),
-        'of activations: "auto", "bfloat16", "float16" or "float32"',
+        '"auto", "bfloat16", "float16", or "float32": quantized weights are then taken exactly',
     ] = "auto"
     quantization: Annotated[
         str,
         _FORMAT,
-        'a format\'s name; "auto": what the checkpoint says',
+        '"auto": as the checkpoint; "int8", "w8a8", "int4"; or by layer: "lm_head=dense,*=int4"',
     ] = "auto"
     max_context: Annotated[
         int | None,

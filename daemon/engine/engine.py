@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import structlog
@@ -30,8 +30,8 @@ class EngineStats(NamedTuple):
     blocks_free: int
     blocks_used: int
     blocks_total: int
-    preemptions: int
-    """Since the start."""
+    preemptions: Mapping[str, int]
+    """Since the start, by reason."""
     steps: int
     finished: int
     """Requests that ran to their end: neither aborted nor failed."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -28,6 +29,10 @@ from quantd.daemon.types import (
     TokenLogprob,
 )
 
+PreemptionReason = Literal["memory", "priority"]
+"""The blocks ran out, or one that goes first took the place."""
+PREEMPTION_REASONS: tuple[PreemptionReason, ...] = ("memory", "priority")
+
 
 class SequenceUpdate(msgspec.Struct, frozen=True):
     """What one step brought to one sequence: a token, or its end by an error."""
@@ -49,8 +54,8 @@ class Counts(NamedTuple):
     waiting: int
     blocks_free: int
     blocks_used: int
-    preemptions: int
-    """Since the start, displaced sequences included."""
+    preemptions: Mapping[str, int]
+    """Since the start, by reason; every reason is there."""
 
 
 class Scheduler:
@@ -87,7 +92,7 @@ class Scheduler:
         self._drops: list[int] = []
         self._step = 0
         self._in_flight: StepPlan | None = None
-        self._num_preemptions = 0
+        self._num_preemptions: dict[str, int] = dict.fromkeys(PREEMPTION_REASONS, 0)
 
     # --- what the engine asks ----------------------------------------------------------------
 
@@ -109,7 +114,7 @@ class Scheduler:
             waiting=len(self._ready),
             blocks_free=self._pool.num_free,
             blocks_used=self._pool.num_used,
-            preemptions=self._num_preemptions,
+            preemptions=dict(self._num_preemptions),
         )
 
     def seconds_per_start(self, now: float) -> float:
@@ -240,7 +245,7 @@ class Scheduler:
             gained += blocks_for(len(victim.tokens))
             if self._fits(seq, room + gained, len(self._running) - count):
                 for _ in range(count):
-                    self._preempt_last(now)
+                    self._preempt_last("priority", now)
                 return gained
         return None
 
@@ -269,7 +274,7 @@ class Scheduler:
             seq = self._running[i]
             room = self._room_for(seq)
             while room <= 0 and self._running[-1] is not seq:
-                self._preempt_last(now)
+                self._preempt_last("memory", now)
                 room = self._room_for(seq)
             if room > 0:
                 chunks.append(self._schedule(seq, min(size, room)))
@@ -302,14 +307,14 @@ class Scheduler:
                 )
         return tuple(added)
 
-    def _preempt_last(self, now: float) -> None:
+    def _preempt_last(self, reason: PreemptionReason, now: float) -> None:
         """Back to the queue goes the last of the batch, with its tokens and without its blocks."""
         seq = self._running.pop()
         self._take_off(seq)
         seq.phase = Phase.WAITING
         seq.num_computed_tokens = seq.num_scheduled_tokens = 0
         seq.num_preemptions += 1
-        self._num_preemptions += 1
+        self._num_preemptions[reason] += 1
         seq.waiting_since = now
         self._ready.add(seq)
 

@@ -11,7 +11,9 @@ from aiohttp import web
 from aiohttp.http import HttpProcessingError
 
 from quantd.daemon.errors import RequestError
-from quantd.daemon.server.errors import error_response
+from quantd.daemon.server.context import REQUEST_ID
+from quantd.daemon.server.errors import error_response, http_error_response
+from quantd.daemon.server.middleware import request_id_for
 
 _log = structlog.get_logger("quantd.server")
 
@@ -55,8 +57,18 @@ class Connection(web.RequestHandler):
         reason = " ".join(exc.message.split())
         _log.debug("a request is not HTTP", reason=reason)
         response = error_response(RequestError(f"not valid HTTP: {reason}", code="invalid_http"))
+        response.headers["x-request-id"] = request_id_for(request)
         response.force_close()
         return response
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """An HTTPException has not come by the middleware: aiohttp looks at `Expect` before."""
+        if isinstance(resp, web.HTTPException) and isinstance(request, web.Request):
+            request[REQUEST_ID] = request_id_for(request)
+            resp = http_error_response(resp, request)
+        return await super().finish_response(request, resp, start_time)
 
     def log_exception(self, *args: Any, **kwargs: Any) -> None:
         """A body that could not be read fails again when its rest is thrown away; by then the

@@ -85,6 +85,9 @@ def _from_http(exc: web.HTTPException, request: web.Request) -> QuantdError:
         return MethodNotAllowed(f"{where} is not served; allowed: {allowed}")
     if isinstance(exc, web.HTTPRequestEntityTooLarge):
         return body_too_large(request.client_max_size)
+    if isinstance(exc, web.HTTPExpectationFailed):
+        expected = request.headers.get("Expect", "")
+        return RequestError(f'Expect: {expected!r} is not known; allowed: "100-continue"')
     if 400 <= exc.status < 500:
         return RequestError(f"{where}: {exc.reason}")
     return InternalError(exc.reason or "internal error")

@@ -26,10 +26,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 @web.middleware
 async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """The outermost: gives the request its id, and every failure the shape of the API."""
-    presented = request.headers.get("x-request-id", "")
-    # A bad one is replaced and not refused: proxies set it, so the caller could not mend it.
-    valid = _REQUEST_ID.fullmatch(presented) is not None
-    request[REQUEST_ID] = presented if valid else uuid.uuid4().hex
+    request[REQUEST_ID] = request_id_for(request)
     try:
         return await handler(request)
     except QuantdError as error:
@@ -40,6 +37,13 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         if isinstance(error, ConnectionError) and has_left(request):
             raise
         return error_response(unexpected(request, error))
+
+
+def request_id_for(request: web.BaseRequest) -> str:
+    """The caller's own, if it is valid, or a new one."""
+    presented = request.headers.get("x-request-id", "")
+    # A bad one is replaced and not refused: proxies set it, so the caller could not mend it.
+    return presented if _REQUEST_ID.fullmatch(presented) is not None else uuid.uuid4().hex
 
 
 def unexpected(request: web.Request, error: Exception) -> QuantdError:

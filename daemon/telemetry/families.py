@@ -94,8 +94,8 @@ def _gauges(samples: Sequence[ModelSample]) -> Iterator[Metric]:
     )
     preemptions = CounterMetricFamily(
         "quantd_preemptions",
-        "Running requests that had to give up their place.",
-        labels=["model"],
+        "Running requests that had to give up their place, by what it was needed for.",
+        labels=["model", "reason"],
     )
     for sample in samples:
         for state in MODEL_STATES:
@@ -104,7 +104,8 @@ def _gauges(samples: Sequence[ModelSample]) -> Iterator[Metric]:
             continue
         running.add_metric([sample.model], sample.requests_running)
         waiting.add_metric([sample.model], sample.requests_waiting)
-        preemptions.add_metric([sample.model], sample.preemptions)
+        for reason, count in sample.preemptions.items():
+            preemptions.add_metric([sample.model, reason], count)
         for kind, count in (
             ("free", sample.blocks_free),
             ("used", sample.blocks_used),

@@ -9,7 +9,7 @@ words out of fixed lists.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -42,8 +42,8 @@ class ModelSample:
     blocks_free: int = 0
     blocks_used: int = 0
     blocks_cached: int = 0
-    preemptions: int = 0
-    """Since the model was loaded."""
+    preemptions: Mapping[str, int] = field(default_factory=dict)
+    """By reason, since the model was loaded."""
 
 
 class Histogram:

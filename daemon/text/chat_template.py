@@ -2,20 +2,20 @@
 
 The environment is that of transformers (its `chat_template_utils`), for which templates are
 written. A template cannot reach Python's internals (Jinja's sandbox), and it cannot run or grow
-without end: every turn of a loop and every call of a macro looks at the clock, the output and
-every string that is built by `+`, `*` or `~` have a longest length.
+without end: every turn of a loop and every call of a macro looks at the clock, and the output and
+whatever an operator, a filter or a method builds have a longest length (`text/bounds.py`).
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from quantd.daemon.errors import RequestError
+from quantd.daemon.text.bounds import BoundExceeded, Bounds, dump_json
 from quantd.daemon.text.messages import template_messages
 
 if TYPE_CHECKING:
@@ -103,15 +103,13 @@ class ChatTemplate:
             ) from error
 
     def _run(self, variables: Mapping[str, Any]) -> str:
-        from quantd.daemon.text.sandbox import BoundExceeded, Bounds
+        from quantd.daemon.text.sandbox import helpers
 
         template = self._template
-        bounds = Bounds(self._clock)
-        parts: list[str] = []
+        account = Bounds(self._clock)
         try:
-            for part in template.generate({**variables, **bounds.helpers}):
-                bounds.add_output(len(part))
-                parts.append(part)
+            with account.in_force():
+                return template.render({**variables, **helpers(account)})
         except BoundExceeded as error:
             raise _failed(str(error)) from error
         except RecursionError as error:
@@ -120,7 +118,6 @@ class ChatTemplate:
             raise _failed(
                 f"refused these messages: {str(error) or type(error).__name__}"
             ) from error
-        return "".join(parts)
 
 
 def _failed(how: str) -> RequestError:
@@ -151,7 +148,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own filter escapes HTML and sorts keys; models were trained on neither."""
-    return json.dumps(
+    return dump_json(
         value,
         ensure_ascii=ensure_ascii,
         indent=indent,

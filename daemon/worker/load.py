@@ -20,7 +20,7 @@ from quantd.daemon.worker.loader import (
     load_weights,
 )
 from quantd.daemon.worker.machine import computes_bfloat16, physical_cores
-from quantd.daemon.worker.memory import KvPools, allocate
+from quantd.daemon.worker.memory import KvPools, allocate, check_kv_bytes
 from quantd.daemon.worker.models.config import ModelConfig
 from quantd.daemon.worker.models.decoder import Decoder
 from quantd.daemon.worker.models.families import read_config
@@ -72,6 +72,7 @@ def load_model(load: LoadModel, progress: Progress) -> Model:
         source = checkpoint.source()
         dtype = choose_dtype(load.dtype, config.dtype or stored_dtype(source), device)
         tensors = model_tensors(config, dtype, source.names(), exact=load.dtype == "float32")
+    check_kv_bytes(load.kv_bytes, config, dtype, device)
     registry = Registry()
     choices = choose(config, source, tensors, device, registry, parse_rules(load.quantization))
     vocab_size = checkpoint.vocab_size(config.vocab_size)

@@ -20,6 +20,12 @@ def available_memory() -> int:
     return available
 
 
+def total_memory() -> int:
+    """Bytes that the process could ever have: the machine's, or fewer where a cgroup limits it."""
+    limits = [_number(folder / "memory.max") for folder in _cgroups()]
+    return min([_meminfo("MemTotal"), *(limit for limit in limits if limit is not None)])
+
+
 def physical_cores() -> int:
     """Cores that the process may run on, siblings counted once: two threads of a core share its
     arithmetic units, and a matrix product keeps them busy with one."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantd.daemon.types import BLOCK_TOKENS
-from quantd.daemon.worker.machine import available_memory
+from quantd.daemon.worker.machine import available_memory, total_memory
 from quantd.daemon.worker.models.config import ModelConfig
 from quantd.kernels import ops
 from quantd.plugins.api import Refused
@@ -44,36 +44,44 @@ def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 def num_blocks(kv_bytes: int | None, bytes_per_block: int, max_context: int, available: int) -> int:
     """The pool's budget in blocks.
 
-    With `kv_bytes`, that many bytes: a MemoryError when the machine does not have them now, and
-    Refused when they are less than one block, which no later attempt can change.
+    With `kv_bytes`, which `check_kv_bytes` has let pass, that many bytes. A MemoryError when the
+    machine no longer has them.
     Without, enough for eight sequences of the full context, but no more than a quarter of what is
     available now, and at least one block.
     """
     if kv_bytes is not None:
         if kv_bytes > available:
-            raise MemoryError(
-                f"kv_bytes is {kv_bytes}, more than the {available} bytes that are available"
-            )
-        if kv_bytes < bytes_per_block:
-            raise Refused(
-                f"kv_bytes is {kv_bytes}, less than the {bytes_per_block} bytes of one block"
-            )
+            raise _unavailable(kv_bytes, available)
         return kv_bytes // bytes_per_block
     wanted = _DEFAULT_SEQUENCES * -(-max_context // BLOCK_TOKENS)
     return max(1, min(wanted, available // _DEFAULT_SHARE // bytes_per_block))
 
 
-def check_kv_bytes(kv_bytes: int | None, device: torch.device) -> None:
+def check_kv_bytes(
+    kv_bytes: int | None, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> None:
     """To be called before any weight is loaded.
 
-    Refused when `kv_bytes` is more than `device` has available: the weights only take from that.
+    Refused when `kv_bytes` is less than one block or more than `device` has at all, which no later
+    attempt can change; MemoryError when it is more than what is available now.
     """
+    if kv_bytes is None:
+        return
+    needed = block_bytes(config, dtype)
+    if kv_bytes < needed:
+        raise Refused(f"kv_bytes is {kv_bytes}, less than the {needed} bytes of one block")
+    total = _total(device)
+    if kv_bytes > total:
+        raise Refused(f"kv_bytes is {kv_bytes}, more than the {total} bytes that {device} has")
     available = _available(device)
-    if kv_bytes is not None and kv_bytes > available:
-        raise Refused(
-            f"kv_bytes is {kv_bytes}: the KV pool needs that many bytes, more than the {available} "
-            f"bytes that {device} has available"
-        )
+    if kv_bytes > available:
+        raise _unavailable(kv_bytes, available)
+
+
+def _unavailable(kv_bytes: int, available: int) -> MemoryError:
+    return MemoryError(
+        f"kv_bytes is {kv_bytes}, more than the {available} bytes that are available now"
+    )
 
 
 def allocate(
@@ -98,3 +106,10 @@ def _available(device: torch.device) -> int:
         available, _ = torch.cuda.mem_get_info(device)
         return available
     return available_memory()
+
+
+def _total(device: torch.device) -> int:
+    if device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(device)
+        return total
+    return total_memory()

@@ -24,7 +24,9 @@ def quantize_rows(x: torch.Tensor, group: int | None) -> tuple[torch.Tensor, tor
     """
     rows, columns = x.shape
     group = columns if group is None else group
-    padded = torch.nn.functional.pad(x.float(), (0, -columns % group)).view(rows, -1, group)
+    padded = torch.nn.functional.pad(x.float(), (0, -columns % group)).view(
+        rows, -(-columns // group), group
+    )
     scale = padded.abs().amax(dim=2) / 127
     inverse = torch.where(scale > 0, 1 / scale, 0)
     codes = (padded * inverse[:, :, None]).round().nan_to_num(0).clamp(-127, 127).to(torch.int8)

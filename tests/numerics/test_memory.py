@@ -122,7 +122,7 @@ def test_a_wrong_budget_is_found_before_any_weight_is_read(tmp_path: Path) -> No
     for kv_bytes in (1, 1 << 60):
         with pytest.raises(Refused, match=f"kv_bytes is {kv_bytes}, "):
             load_model(
-                LoadModel(path=str(folder), dtype="float32", device="cpu", kv_bytes=kv_bytes),
+                LoadModel("m", str(folder), dtype="float32", device="cpu", kv_bytes=kv_bytes),
                 lambda progress: stages.append(progress.stage),
             )
     assert stages == ["checking", "checking"]

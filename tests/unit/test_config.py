@@ -277,3 +277,26 @@ def test_key_lines_see_through_every_spelling() -> None:
         ("models", "x/y", "inline"): 13,
         ("models", "x/y", "inline", "f"): 13,
     }
+
+
+def test_a_wrong_value_in_the_file_is_an_error_also_where_a_flag_overrides_it(write) -> None:
+    path = write("[server]\nport = 70000\n[log]\nlevel = 7")
+    allowed = "must be an integer from 0 to 65535"
+    assert f"{path}:2: server.port = 70000: {allowed}" in fails(path, flags={"server.port": "80"})
+    environment = Environment(user_id=1000, log_level="debug")
+    path = write("[log]\nlevel = 7")
+    with pytest.raises(ConfigError, match=r":2: log\.level = 7: must be one of"):
+        load(path, environment=environment)
+
+
+@pytest.mark.parametrize("text", ["int8", "lm_head=dense,*=int4", "*.mlp.*=int8, gptq"])
+def test_quantization_may_be_given_by_layer(write, text: str) -> None:
+    file = write(f"[models.m]\npath = 'x'\nquantization = '{text}'")
+    assert load(file, environment=NOBODY).models["m"].quantization == text
+
+
+@pytest.mark.parametrize("text", ["", "*=", "a=b=c", "INT8"])
+def test_quantization_that_is_no_rule_is_refused(write, text: str) -> None:
+    file = write(f"[models.m]\npath = 'x'\nquantization = '{text}'")
+    with pytest.raises(ConfigError, match="quantization"):
+        load(file, environment=NOBODY)

@@ -304,6 +304,12 @@ async def test_death_without_a_request_served_is_given_up_in_the_end() -> None:
         await settle()
         assert (b.status().state, b.status().retry_seconds) == ("failed", None)
         assert len(b.workers.loads) == 5
+        # Who asks for it by hand gets another try, and with it all five.
+        await b.fleet.load("a")
+        assert (b.status().state, b.status().reason) == ("ready", None)
+        b.workers.executors[-1].die("crashed")
+        await settle()
+        assert b.status().state == "loading"
 
 
 async def test_a_served_request_forgives_earlier_deaths() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -140,8 +141,20 @@ async def test_what_is_not_http_gets_the_same_shape_and_no_traceback(
         head, _, body = (await reader.read()).partition(b"\r\n\r\n")
         writer.close()
         assert head.split()[1] == b"400" and b"application/json" in head
+        assert re.search(rb"\r\nx-request-id: [0-9a-f]{32}\r\n", head)
         assert json.loads(body)["error"]["code"] == "invalid_http"
         assert not caplog.records
+
+
+async def test_an_unknown_expectation_gets_the_same_shape() -> None:
+    async with serving() as served:
+        headers = {"Expect": "other", "x-request-id": "mine"}
+        for path in ("/v1/chat/completions", "/nowhere"):
+            url = f"http://127.0.0.1:{served.port}{path}"
+            async with served.session.post(url, data=b"{}", headers=headers) as response:
+                assert (response.status, response.content_type) == (417, "application/json")
+                assert response.headers["x-request-id"] == "mine"
+                assert "'other' is not known" in (await response.json())["error"]["message"]
 
 
 async def test_request_id_is_kept_or_made() -> None:

@@ -50,7 +50,7 @@ def busy() -> Metrics:
                 blocks_free=5,
                 blocks_used=6,
                 blocks_cached=7,
-                preemptions=8,
+                preemptions={"memory": 8, "priority": 9},
             ),
             ModelSample(model="b", state="loading"),
         ]
@@ -66,7 +66,8 @@ def test_a_scrape_shows_what_was_counted(busy: Metrics) -> None:
     assert values["quantd_generation_tokens_total", labels(**odd)] == 3
     assert values["quantd_requests_total", labels(**odd, outcome="stop")] == 2
     assert values["quantd_requests_total", labels(**odd, outcome="abort")] == 1
-    assert values["quantd_preemptions_total", labels(model="a")] == 8
+    assert values["quantd_preemptions_total", labels(model="a", reason="memory")] == 8
+    assert values["quantd_preemptions_total", labels(model="a", reason="priority")] == 9
     assert values["quantd_steps_total", labels(**odd)] == 1
     assert values["quantd_step_tokens_total", labels(**odd)] == 7
     assert values["quantd_step_seconds_total", labels(**odd)] == 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
@@ -218,6 +219,90 @@ def test_endless_loops_end(source: str) -> None:
 )
 def test_texts_do_not_grow_without_end(source: str) -> None:
     assert "characters" in str(refusal(source))
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "'a' | center(10 ** 9)",
+        "'a' | center(width=10 ** 9)",
+        "'a'.center(10 ** 9)",
+        "'a'.ljust(10 ** 9)",
+        "'7'.zfill(10 ** 9)",
+        "('a' | safe).rjust(10 ** 9)",
+        "('a' * 99999) | replace('a', 'b' * 99999)",
+        "('a' * 99999).replace('a', 'b' * 99999)",
+        "(['a'] * 99999) | join('b' * 99999)",
+        "('b' * 99999).join(['a'] * 99999)",
+        "('b' * 99999).join(('a' * 9999) | map('upper'))",
+        "'%999999999d' | format(1)",
+        "'%999999999d' % 1",
+        "'%.999999999f' % 1",
+        "'%*d' % (999999999, 1)",
+        "('%(a)s' * 99999) % {'a': 'b' * 99999}",
+        "'{:999999999}'.format(1)",
+        "'{:{w}}'.format(1, w=999999999)",
+        "'{a:>999999999}'.format_map({'a': 1})",
+        "('a\n' * 9999) | indent(99999)",
+        "('a\n' * 9999) | indent('b' * 99999)",
+        "('a ' * 99999) | wordwrap(2, wrapstring='b' * 99999)",
+        "('\t' * 99999).expandtabs(99999)",
+        "('a' * 99999).translate({97: 'b' * 99999})",
+        "(1).to_bytes(byteorder='big', length=10 ** 9)",
+        "'a'.encode() * 10 ** 9",
+        "'a' | batch(10 ** 9, 'b') | list",
+        "'a' | slice(10 ** 9) | list",
+        "([[1] * 9999] * 9999) | sum(start=[]) | length",
+        "([('a' * 999999)] * 999) | map('upper') | list | length",
+        "{'a': ['b' * 999999] * 99} | tojson",
+        "([('a' * 9999999)] * 9) | string",
+        "([('a' * 9999999)] * 9) ~ ''",
+    ],
+)
+def test_what_an_expression_builds_is_measured_before_it_exists(expression: str) -> None:
+    tracemalloc.start()
+    try:
+        assert "characters" in str(refusal("{{ " + expression + " }}"))
+        assert tracemalloc.get_traced_memory()[1] < 600 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{% set n = namespace(l=['a']) %}{% for i in range(60) %}"
+        "{% set n.l = [n.l, n.l] %}{% endfor %}{{ n.l }}",
+        "{% set n = namespace(l=['a']) %}{% for i in range(60) %}"
+        "{% set n.l = {'a': n.l, 'b': n.l} %}{% endfor %}{{ n.l | tojson }}",
+        "{% set s = 'a' * 999999 %}{% set t %}{% for i in range(9999) %}{{ s }}{% endfor %}"
+        "{% endset %}",
+        "{% macro f() %}{% for i in range(99999) %}PADDING{% endfor %}{% endmacro %}{{ f() }}",
+    ],
+)
+def test_what_is_printed_into_blocks_and_macros_is_measured(body: str) -> None:
+    assert "characters" in str(refusal(body.replace("PADDING", "long " * 999)))
+
+
+def test_numbers_do_not_grow_without_end() -> None:
+    squares = "{% set n = namespace(i=9) %}{% for i in range(60) %}{% set n.i = n.i * n.i %}"
+    assert "number of more than 16384 bits" in str(refusal(squares + "{% endfor %}"))
+    assert "power" in str(refusal("{{ 1.5 | round(10 ** 9, 'floor') }}"))
+    assert "indent=99" in str(refusal("{{ [1] | tojson(indent=99) }}"))
+
+
+def test_filters_and_methods_do_what_they_did() -> None:
+    source = (
+        "{{ 'a' | center(3) }}|{{ 'aba' | replace('a', 'c', 1) }}|{{ ['x', 1] | join(', ') }}|"
+        "{{ messages | map(attribute='role') | join }}|{{ '%s-%03d' | format('a', 7) }}|"
+        "{{ '%(a)s' % {'a': 1} }}|{{ 'a\nb' | indent(2, first=true) }}|{{ 'a b c' | wordwrap(3) }}|"
+        "{{ '{}{x:>3}'.format(1, x=2) }}|{{ [1, 2] | sum }}|{{ 2.345 | round(1) }}|"
+        "{{ 7 % 4 }}|{{ [1, 2, 3] | batch(2, 0) | list }}|{{ [1, 2, 3] | slice(2) | list }}"
+    )
+    expected = (
+        " a |cba|x, 1|user|a-007|1|  a\n  b|a b\nc|1  2|3|2.3|3|[[1, 2], [3, 0]]|[[1, 2], [3]]"
+    )
+    assert render(source) == expected
 
 
 def test_large_powers_are_refused() -> None:
