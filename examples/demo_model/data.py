@@ -72,6 +72,8 @@ class Mix:
 
 EARLY = Mix((40, 25, 14, 16, 5), tools=0.21)
 LATE = Mix((14, 30, 12, 30, 14), tools=0.33)
+EVEN = Mix((16, 20, 20, 18, 26), tools=0.3)
+TOOLS = Mix((14, 30, 12, 30, 14), tools=1.0)
 
 # What evaluate.py asks about: name → (task, kind).
 EVALUATED: dict[str, tuple[str, str]] = {

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from random import Random
 
 import torch
-from data import EARLY, END, LATE, Conversation, Mix, conversation, render, single
+from data import EARLY, END, EVEN, LATE, TOOLS, Conversation, Mix, conversation, render, single
 from tasks import arithmetic, draw
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -21,6 +21,8 @@ PHASES = {
         (1550, "conversations, sums"),
         (2100, "tasks, sums"),
         (2800, "late conversations, tasks, sums"),
+        (3600, "lists, tools"),
+        (3750, "everything"),
     ),
     "draft": (
         (100, "conversations"),
@@ -47,6 +49,15 @@ def lesson(tokenizer: Tokenizer, size: str, seed: int, step: int) -> Iterator[Ba
     elif phase == "tasks, sums":
         yield from task_drill(tokenizer, seed, step, 48)
         yield sum_drill(tokenizer, seed, step, 8)
+    elif phase == "everything":
+        yield from conversations(tokenizer, EVEN, seed, step, 20)
+        yield from task_drill(tokenizer, seed, step, 24)
+        yield sum_drill(tokenizer, seed, step, 8)
+    elif phase == "lists, tools":
+        yield from conversations(tokenizer, LATE, seed, step, 5)
+        yield from conversations(tokenizer, TOOLS, seed, step, 9)
+        yield from task_drill(tokenizer, seed, step, 48)
+        yield sum_drill(tokenizer, seed, step, 8)
     elif phase == "conversations":
         yield from conversations(tokenizer, EARLY, seed, step)
     elif phase == "conversations, sums":
@@ -69,19 +80,21 @@ def encode(tokenizer: Tokenizer, made: Conversation) -> Example:
     return ids, learn
 
 
-def conversations(tokenizer: Tokenizer, mix: Mix, seed: int, step: int) -> Iterator[Batch]:
+def conversations(
+    tokenizer: Tokenizer, mix: Mix, seed: int, step: int, count: int = CONVERSATIONS
+) -> Iterator[Batch]:
     """Whole conversations of mixed tasks."""
     examples = [
-        encode(tokenizer, conversation(f"{seed} {step} {i}", mix)) for i in range(CONVERSATIONS)
+        encode(tokenizer, conversation(f"{seed} {step} {mix.tools} {i}", mix)) for i in range(count)
     ]
-    yield from _grouped(examples, MICRO_BATCHES)
+    yield from _grouped(examples, max(2, count * MICRO_BATCHES // CONVERSATIONS))
 
 
 def task_drill(tokenizer: Tokenizer, seed: int, step: int, items: int) -> Iterator[Batch]:
     """Single questions of the tasks that need most practice for the tokens that they cost."""
-    tasks = ("lists", "lists", "lists", "extraction", "extraction")
+    tasks = ("lists", "lists", "lists", "lists", "extraction")
     examples = [encode(tokenizer, single(f"{seed} {step} {i}", tasks)) for i in range(items)]
-    yield from _grouped(examples, max(1, items // 12))
+    yield from _grouped(examples, max(1, items // 16))
 
 
 def _grouped(examples: list[Example], count: int) -> Iterator[Batch]:

@@ -25,11 +25,13 @@ from torch import Tensor, nn
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "daemon" / "embedded"
 STEPS = {size: phases[-1][0] for size, phases in PHASES.items()}
-DECAY_STEPS = {"base": 500, "draft": 1200}
+DECAY_STEPS = {"base": 300, "draft": 1200}
 WARM_UP = 60
 AVERAGE = 0.98  # what is exported is the running average of the weights
 MUON_RATE, ADAM_RATE = 0.02, 0.004
 SAVE_EVERY = 50
+# A processor without such arithmetic emulates it, ten times slower than float32.
+COMPUTE = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 class Muon:
@@ -61,7 +63,7 @@ def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
     """Roughly U Vᵀ of each matrix in [n, rows, cols]; the quintic's published coefficients."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[1] > x.shape[2]
-    y: Tensor = (x.mT if tall else x).bfloat16()
+    y: Tensor = (x.mT if tall else x).to(COMPUTE)
     y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = y @ y.mT
@@ -97,7 +99,7 @@ class Run:
         loss_sum, num_tokens = 0.0, 0
         for ids, learn in parts:
             where = F.pad(learn[:, 1:], (0, 1))
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=COMPUTE == torch.bfloat16):
                 logits = self.model(ids, where)
             loss = F.cross_entropy(logits.float(), ids[learn & _after_first(ids)], reduction="sum")
             torch.autograd.backward(loss / learnt)
@@ -111,6 +113,13 @@ class Run:
             self.average[name].lerp_(parameter.detach(), 1 - AVERAGE)
         self.step += 1
         return loss_sum / learnt, num_tokens
+
+    def begin_at(self, step: int) -> None:
+        """From the exported weights, as if they were those of this step; optimizers anew."""
+        exported = llama.load(EMBEDDED / llama.FOLDERS[self.size]).state_dict()
+        self.model.load_state_dict(exported)
+        self.average = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        self.step = step
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,11 +157,13 @@ def export(run: Run) -> None:
     tokens.save(run.tokenizer, folder)
 
 
-def train(size: str, seed: int, tokenizer: Tokenizer, work: Path) -> None:
+def train(size: str, seed: int, tokenizer: Tokenizer, work: Path, start: int = 0) -> None:
     run = Run(size, seed, tokenizer)
     checkpoint = work / f"{size}.pt"
     if checkpoint.exists():
         run.restore(checkpoint)
+    elif start:
+        run.begin_at(start)
     count = sum(p.numel() for p in run.model.parameters())
     print(f"{size}: {count:,} parameters, from step {run.step} of {STEPS[size]}", flush=True)
     mean, read, began = math.nan, 0, time.perf_counter()
@@ -177,11 +188,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("build/demo_model"), help="checkpoints")
+    parser.add_argument(
+        "--start", type=int, default=0, help="go on from the exported weights at this step"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tokenizer = tokens.train()
     for size in [options.size] if options.size else ["base", "draft"]:
-        train(size, options.seed, tokenizer, options.work)
+        train(size, options.seed, tokenizer, options.work, options.start)
 
 
 if __name__ == "__main__":
