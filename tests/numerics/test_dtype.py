@@ -25,6 +25,6 @@ def test_bfloat16_only_where_the_processor_computes_in_it(
 ) -> None:
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{flags}\n\n")
     monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
-    assert load._dtype("auto", "bfloat16", CPU) is expected
-    assert load._dtype("bfloat16", "float32", CPU) is torch.bfloat16
-    assert load._dtype("auto", "float16", CPU) is torch.float16
+    assert load.choose_dtype("auto", "bfloat16", CPU) is expected
+    assert load.choose_dtype("bfloat16", "float32", CPU) is torch.bfloat16
+    assert load.choose_dtype("auto", "float16", CPU) is torch.float16
