@@ -13,6 +13,7 @@ from quantd.kernels.batch import BLOCK_SIZE, AttentionBatch
 from quantd.kernels.cpu.grouped import (
     GroupedWeight,
     grouped_linear,
+    grouped_route,
     join_grouped,
     pack_grouped,
     unpack_grouped,
@@ -42,6 +43,7 @@ __all__ = [
     "copy_blocks",
     "dequantize_grouped",
     "grouped_linear",
+    "grouped_route",
     "join_grouped",
     "linear",
     "notes",

@@ -1,4 +1,4 @@
-"""What packed checkpoints of transformers share: plain parts, biases, rows at a time."""
+"""What the formats share: shapes, plain parts, biases, rows at a time."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise Refused(f"quantization_config is {value!r}, must be an object")
     return value
+
+
+def plain_shapes(spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a layer whose parts have a weight each."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part, rows in zip(spec.parts, spec.part_rows, strict=True):
+        shapes[f"{part}.weight"] = (rows, spec.in_features)
+        if spec.bias:
+            shapes[f"{part}.bias"] = (rows,)
+    return shapes
 
 
 def is_packed(part: str, source: TensorSource) -> bool:

@@ -77,6 +77,11 @@ def native_grouped() -> NativeGrouped | None:
     return NativeGrouped(library, library.best_level) if isinstance(library, Library) else None
 
 
+def grouped_route() -> str:
+    """Which route pack_grouped takes in this process."""
+    return "torch" if native_grouped() is None else "native"
+
+
 def pack_grouped(
     chunks: Iterable[GroupedCodes],
     shape: tuple[int, int],

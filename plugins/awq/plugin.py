@@ -77,7 +77,7 @@ class AwqQuantizer:
             kind = "asymmetric" if settings.zeros else "symmetric"
             texts.append(f"4 bits, groups of {settings.group}, {kind}, {settings.version}")
             nbytes += rows * (spec.in_features // 2 + 4 * spec.in_features // settings.group)
-        return Description("; ".join(dict.fromkeys(texts)), nbytes, "grouped")
+        return Description("; ".join(dict.fromkeys(texts)), nbytes, ops.grouped_route())
 
 
 def _settings(part: str, rows: int, columns: int, source: TensorSource) -> Settings:

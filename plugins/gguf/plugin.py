@@ -39,27 +39,21 @@ class GgufQuantizer:
         return parts.why_not(spec, device)
 
     def tensors(self, spec: LinearSpec, source: TensorSource) -> Mapping[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {}
-        for part, rows in zip(spec.parts, spec.part_rows, strict=True):
-            shapes[f"{part}.weight"] = (rows, spec.in_features)
-            if spec.bias:
-                shapes[f"{part}.bias"] = (rows,)
-        return shapes
+        return parts.plain_shapes(spec)
 
     def describe(self, spec: LinearSpec, source: TensorSource, device: torch.device) -> Description:
-        texts, nbytes, route = [], 0, "grouped"
+        texts, nbytes = [], 0
         for part, rows in zip(spec.parts, spec.part_rows, strict=True):
             kind = source.dtype(f"{part}.weight")
             if kind in BLOCKS:
                 # What a block becomes is the same for all of its type.
                 codes = unpack(kind, torch.zeros(1, BLOCKS[kind][1], dtype=torch.uint8))
                 text, size = _text(kind, codes), _row_bytes(codes, spec)
-                route = ops.pack_grouped([codes], (1, BLOCKS[kind][0])).route
             else:
                 text, size = f"plain {kind}", spec.in_features * spec.dtype.itemsize
             texts.append(text)
             nbytes += rows * size
-        return Description("; ".join(dict.fromkeys(texts)), nbytes, route)
+        return Description("; ".join(dict.fromkeys(texts)), nbytes, ops.grouped_route())
 
     def dequantize_rows(self, name: str, source: TensorSource, rows: Tensor) -> Tensor:
         data, kind = source.read(name)[rows], source.dtype(name)

@@ -79,7 +79,7 @@ class GptqQuantizer:
             texts.append(_text(settings, spec.in_features))
             # Four bytes are a scale and an offset of two bytes each, or one that is exact.
             nbytes += rows * (spec.in_features * settings.bits // 8 + 4 * settings.num_groups)
-        return Description("; ".join(dict.fromkeys(texts)), nbytes, "grouped")
+        return Description("; ".join(dict.fromkeys(texts)), nbytes, ops.grouped_route())
 
 
 def _text(settings: Settings, columns: int) -> str:

@@ -38,11 +38,7 @@ class _Rounded:
         return parts.why_not(spec, device)
 
     def tensors(self, spec: LinearSpec, source: TensorSource) -> Mapping[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {}
-        for part, rows in zip(spec.parts, spec.part_rows, strict=True):
-            shapes[f"{part}.weight"] = (rows, spec.in_features)
-            if spec.bias:
-                shapes[f"{part}.bias"] = (rows,)
+        shapes = parts.plain_shapes(spec)
         for name in shapes:
             if name in source.names() and source.dtype(name) not in _FLOATS:
                 raise Refused(
@@ -52,14 +48,12 @@ class _Rounded:
         return shapes
 
     def describe(self, spec: LinearSpec, source: TensorSource, device: torch.device) -> Description:
-        # The route goes by the device and the machine, and packing is what decides.
         probe = self._codes(torch.zeros(1, 1))
-        route = ops.pack_grouped([probe], (1, 1), per_row=self._per_row).route
         bits, scales = probe.bits * spec.in_features, 1
         if probe.offset is not None:
             scales = 2 * -(-spec.in_features // probe.group)
         nbytes = spec.out_features * (bits // 8 + scales * (4 if spec.exact else 2))
-        return Description(self._text, nbytes, route)
+        return Description(self._text, nbytes, ops.grouped_route())
 
     def dequantize_rows(self, name: str, source: TensorSource, rows: Tensor) -> Tensor:
         raise Refused(f"{self.name} has no tables of embeddings, so it cannot read {name}")
@@ -73,7 +67,7 @@ class _Rounded:
             packed = ops.pack_grouped(chunks, shape, exact=spec.exact, per_row=self._per_row)
             loaded.append(packed)
             source.release(name)
-        return GroupedLinear(loaded, _bias(spec, source, device) if spec.bias else None)
+        return GroupedLinear(loaded, parts.load_bias(spec, source, device))
 
     def _chunks(self, name: str, stored: Tensor) -> Iterator[ops.GroupedCodes]:
         rows = max(_CHUNK_ROWS, _CHUNK_VALUES // stored.shape[1] // _CHUNK_ROWS * _CHUNK_ROWS)
@@ -113,11 +107,3 @@ class Int4Quantizer(_Rounded):
 
     def _codes(self, weight: Tensor) -> ops.GroupedCodes:
         return int4_codes(weight)
-
-
-def _bias(spec: LinearSpec, source: TensorSource, device: torch.device) -> Tensor:
-    biases = []
-    for part in spec.parts:
-        biases.append(source.read(f"{part}.bias").to(device, spec.dtype, copy=True))
-        source.release(f"{part}.bias")
-    return torch.cat(biases)
