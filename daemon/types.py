@@ -14,7 +14,7 @@ import msgspec
 BLOCK_TOKENS = 16
 """Tokens in one KV block."""
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
@@ -66,6 +66,10 @@ class Request(msgspec.Struct, frozen=True):
     """Seconds of the engine's monotonic clock."""
     caller: str = ""
     """Whose API key, for fairness; empty when there are no keys."""
+    cache_salt: str = ""
+    """KV blocks are shared only between requests of one salt."""
+    deadline: float | None = None
+    """On the same clock; later than this nobody wants the answer."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -105,6 +109,10 @@ class LoadModel(msgspec.Struct, frozen=True, tag="load"):
     """None: what the checkpoint says."""
     kv_bytes: int | None = None
     """Budget for KV blocks; None: the worker decides from what the machine has."""
+    host_kv_bytes: int = 0
+    """Budget of the host pool, to which blocks spill; 0: there is none."""
+    disk_kv_path: str | None = None
+    """Folder of the blocks on disk; None: there are none. Needs a host pool."""
     load_format: str = "auto"
     """auto | dummy (random weights of the shapes in config.json)"""
     device: str = "auto"
@@ -131,12 +139,20 @@ class ModelInfo(msgspec.Struct, frozen=True, tag="loaded"):
     block_bytes: int
     """Bytes of one KV block over all layers."""
     num_blocks: int
-    """The pool's budget in blocks; ids are in [0, num_blocks)."""
+    """The pool's budget in blocks: so many may be in use at once."""
     seconds: float
     quantizers: tuple[tuple[str, int], ...] = ()
     """(quantizer, how many layers it took)"""
     notes: tuple[str, ...] = ()
     """What a user should know, e.g. that a fast route is missing."""
+    max_blocks: int = 0
+    """Block ids are in [0, max_blocks); the budget may be raised to it at run time. 0: it is
+    num_blocks."""
+    num_host_blocks: int = 0
+    """Places in the host pool, each for one block; their ids are in [0, num_host_blocks)."""
+    kv_revision: str = ""
+    """A digest of all that decides what a KV block holds beside its tokens: the weights, their
+    formats, the dtype, the rope settings, the kernels. Blocks of two revisions never mix."""
 
 
 class WorkerFailed(msgspec.Struct, frozen=True, tag="failed"):
@@ -173,15 +189,38 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
 
 
 class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
-    """Copy one block's bytes before the plan's chunks run. `kind`: "cow" within the pool."""
+    """Copy one block's bytes over all layers. In a plan they happen one after another in order,
+    before any chunk runs; a block that a chunk of an earlier plan wrote is complete by then."""
 
-    kind: str
+    kind: Literal["cow", "spill", "fetch"]
+    """cow: block to block; spill: block `src` to host place `dst`; fetch: host place `src` to
+    block `dst`."""
     src: int
     dst: int
 
 
+class Rebind(msgspec.Struct, frozen=True, array_like=True):
+    """Entry `index` of a sequence's block table becomes `block`, which holds the same bytes."""
+
+    seq: int
+    index: int
+    block: int
+
+
+class DiskOp(msgspec.Struct, frozen=True, array_like=True):
+    """One block between the host pool and a file. Begun after the plan's copies, executed in order
+    on a thread of its own; each write and read is answered by a `DiskDone`, at any later time.
+    Until then the host place belongs to it."""
+
+    kind: Literal["write", "read", "remove"]
+    key: bytes
+    """32 bytes; the file's name. Names the namespace, this block's tokens and all before them."""
+    place: int = -1
+    """Host place; -1 for "remove"."""
+
+
 class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
-    """One step. Applied in this order: drop, add, copies, chunks."""
+    """One step. Applied in this order: drop, add, rebinds, copies, chunks."""
 
     step: int
     chunks: tuple[Chunk, ...]
@@ -189,6 +228,15 @@ class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
     drop: tuple[int, ...] = ()
     """Sequences that finished, were aborted or preempted: the worker forgets them."""
     copies: tuple[BlockCopy, ...] = ()
+    rebinds: tuple[Rebind, ...] = ()
+    disk: tuple[DiskOp, ...] = ()
+
+
+class ReleaseMemory(msgspec.Struct, frozen=True, tag="release"):
+    """Give the system the memory under these half-open ranges of block ids, whose bytes nobody
+    needs; not answered. Written again they cost memory again."""
+
+    blocks: tuple[tuple[int, int], ...]
 
 
 class Sampled(msgspec.Struct, frozen=True, array_like=True):
@@ -213,7 +261,28 @@ class StepResult(msgspec.Struct, frozen=True, tag="result"):
     """One per chunk with `sample`, in the plan's order."""
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     seconds: float = 0.0
+    """All of it, copies included."""
+    copy_seconds: float = 0.0
+    """Of `seconds`, spent in spills and fetches."""
 
 
-ToWorker = LoadModel | StepPlan
-FromWorker = LoadProgress | ModelInfo | WorkerFailed | StepResult
+class DiskDone(msgspec.Struct, frozen=True, tag="disk"):
+    """A write or read has ended. A file that is not what its name says has been removed."""
+
+    kind: Literal["write", "read"]
+    key: bytes
+    error: str | None = None
+    seconds: float = 0.0
+
+
+class DiskIndex(msgspec.Struct, frozen=True, tag="disk_index"):
+    """What the folder held when the model was loaded, least recently used first; once, right after
+    `ModelInfo` and only with a disk tier."""
+
+    keys: tuple[bytes, ...]
+    file_bytes: int
+    """Of one file; all of a model's have one size."""
+
+
+ToWorker = LoadModel | StepPlan | ReleaseMemory
+FromWorker = LoadProgress | ModelInfo | WorkerFailed | StepResult | DiskDone | DiskIndex
