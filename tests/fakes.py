@@ -9,18 +9,25 @@ from __future__ import annotations
 import asyncio
 import zlib
 from array import array
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from quantd.daemon.config import SchedulerSettings
 from quantd.daemon.errors import Unavailable
+from quantd.daemon.kv.cache import KvCache
+from quantd.daemon.kv.disk import DiskIndex
 from quantd.daemon.kv.pool import BlockPool
 from quantd.daemon.scheduler.scheduler import Scheduler, SequenceUpdate
 from quantd.daemon.scheduler.sequence import Phase
 from quantd.daemon.scheduler.sequence import Sequence as Running
+from quantd.daemon.scheduler.tables import BlockTables
 from quantd.daemon.types import (
     BLOCK_TOKENS,
+    BlockCopy,
     Chunk,
+    DiskDone,
+    DiskOp,
     FinishReason,
     ModelInfo,
     NewSequence,
@@ -31,6 +38,9 @@ from quantd.daemon.types import (
     StepPlan,
     StepResult,
     TokenLogprob,
+)
+from quantd.daemon.types import (
+    DiskIndex as DiskListing,
 )
 
 VOCAB_SIZE = 256
@@ -85,6 +95,8 @@ def make_request(
     arrival: float = 0.0,
     caller: str = "",
     sampling: SamplingParams | None = None,
+    cache_salt: str = "",
+    deadline: float | None = None,
 ) -> Request:
     """A request with the fields that tests vary; `sampling` replaces `max_tokens`."""
     return Request(
@@ -94,6 +106,8 @@ def make_request(
         priority=priority,
         arrival=arrival,
         caller=caller,
+        cache_salt=cache_salt,
+        deadline=deadline,
     )
 
 
@@ -112,7 +126,8 @@ class FakeWorker:
     """Executes plans as a real worker would, and asserts every rule that a plan has to keep.
 
     "KV" is one token per (block, offset). The next token is computed from what is read back
-    through the block table, so a block that is given to two sequences changes somebody's output.
+    through the block table, so bytes that were lost, mixed up or overwritten change somebody's
+    output.
     """
 
     def __init__(self, num_blocks: int = 64, next_token: NextToken = hashed_token) -> None:
@@ -124,6 +139,13 @@ class FakeWorker:
         self.num_computed_tokens = 0
         """Over all steps: recomputation after preemption counts again."""
         self._kv: dict[int, int] = {}
+        self.host: dict[int, list[int | None]] = {}
+        self.files: dict[bytes, list[int | None]] = {}
+        """The disk: it survives the worker when another one is given the same dictionary."""
+        self.disk_error: str | None = None
+        """What every write ends with."""
+        self.disk_done: list[DiskDone] = []
+        """Answers that are not fetched yet."""
         self._step: int | None = None
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -134,11 +156,17 @@ class FakeWorker:
             assert self.rows.pop(seq, None) is not None, f"drop of unknown sequence {seq}"
         for new in plan.add:
             self._add(new)
-        assert not plan.copies, "nothing copies blocks yet"
+        for rebind in plan.rebinds:
+            row = self.rows[rebind.seq]
+            old, row.blocks[rebind.index] = row.blocks[rebind.index], rebind.block
+            assert self._read(old) == self._read(rebind.block), "a rebind changes the bytes"
+        for copy in plan.copies:
+            self._copy(copy)
+        for op in plan.disk:
+            self._disk(op)
         assert len({chunk.seq for chunk in plan.chunks}) == len(plan.chunks), "one chunk each"
         for chunk in plan.chunks:
             self._write(chunk)
-        self._check_tables()
         sampled = tuple(self._sample(chunk) for chunk in plan.chunks if chunk.sample)
         logprobs = tuple(
             part for chunk in plan.chunks if (part := self._prompt_logprobs(chunk)) is not None
@@ -152,27 +180,65 @@ class FakeWorker:
 
     def _write(self, chunk: Chunk) -> None:
         row = self.rows[chunk.seq]
-        assert chunk.start == row.num_computed_tokens, "chunks follow each other without a gap"
+        assert chunk.start >= row.num_computed_tokens, "nothing is computed twice in a stay"
         assert chunk.start < chunk.stop <= len(row.tokens)
         assert chunk.sample == (chunk.stop == len(row.tokens)), "sample exactly at the end"
         row.blocks.extend(chunk.blocks)
         assert len(row.blocks) == -(-chunk.stop // BLOCK_TOKENS), "as many blocks as needed"
+        assert all(0 <= block < self.num_blocks for block in chunk.blocks)
+        self._check_unshared(row, chunk)
         for position in range(chunk.start, chunk.stop):
             self._kv[self._slot(row, position)] = row.tokens[position]
         row.num_computed_tokens = chunk.stop
         self.num_computed_tokens += chunk.stop - chunk.start
 
+    def _check_unshared(self, row: _Row, chunk: Chunk) -> None:
+        """Where it writes nobody else has computed anything."""
+        written = set(row.blocks[chunk.start // BLOCK_TOKENS :])
+        for other in self.rows.values():
+            if other is not row:
+                done = other.blocks[: -(-other.num_computed_tokens // BLOCK_TOKENS)]
+                assert written.isdisjoint(done), "a write to a shared block"
+
+    def _read(self, block: int) -> list[int | None]:
+        start = block * BLOCK_TOKENS
+        return [self._kv.get(slot) for slot in range(start, start + BLOCK_TOKENS)]
+
+    def _fill(self, block: int, content: list[int | None]) -> None:
+        for offset, token in enumerate(content):
+            if token is not None:
+                self._kv[block * BLOCK_TOKENS + offset] = token
+
+    def _copy(self, copy: BlockCopy) -> None:
+        if copy.kind == "spill":
+            self.host[copy.dst] = self._read(copy.src)
+        else:
+            content = self.host[copy.src] if copy.kind == "fetch" else self._read(copy.src)
+            assert None not in content, "a copy of what was never written"
+            self._fill(copy.dst, content)
+
+    def _disk(self, op: DiskOp) -> None:
+        if op.kind == "remove":
+            self.files.pop(op.key, None)
+            return
+        error = None
+        if op.kind == "write":
+            error = self.disk_error
+            if error is None:
+                self.files[op.key] = list(self.host[op.place])
+        elif op.key in self.files:
+            self.host[op.place] = list(self.files[op.key])
+        else:
+            error = "no such file"
+        self.disk_done.append(DiskDone(op.kind, op.key, error, 1e-6))
+
     def _slot(self, row: _Row, position: int) -> int:
         return row.blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
-
-    def _check_tables(self) -> None:
-        owned = [block for row in self.rows.values() for block in row.blocks]
-        assert len(owned) == len(set(owned)), "a block is in two tables"
-        assert all(0 <= block < self.num_blocks for block in owned)
 
     def _sample(self, chunk: Chunk) -> Sampled:
         row = self.rows[chunk.seq]
         if (error := self.errors.pop(chunk.seq, None)) is not None:
+            row.tokens.append(-1)  # the next plan may already be on its way
             return Sampled(seq=chunk.seq, token=-1, error=error)
         seen = [self._kv[self._slot(row, position)] for position in range(chunk.stop)]
         token = self.next_token(seen, row.sampling)
@@ -211,6 +277,9 @@ class FakeExecutor:
         self.plans: list[StepPlan] = []
         """Every plan that was handed in, also one that is still held back."""
         self.closed = False
+        self.released: list[list[tuple[int, int]]] = []
+        self.on_disk: Callable[[DiskDone | DiskListing], None] | None = None
+        self._last: asyncio.Future[StepResult] | None = None
         self._open = asyncio.Event()
         self._open.set()
 
@@ -227,13 +296,27 @@ class FakeExecutor:
             self.died.set_result(reason)
         self._open.set()
 
-    async def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         self.plans.append(plan)
+        self._last = asyncio.ensure_future(self._run(plan, self._last))
+        return self._last
+
+    async def _run(self, plan: StepPlan, before: asyncio.Future[StepResult] | None) -> StepResult:
+        if before is not None:
+            await asyncio.wait([before])  # plans run in order
         await asyncio.sleep(0)  # a real worker's answer never comes within the same turn
         await self._open.wait()
         if self.died.done():
             raise Unavailable(self.died.result())
-        return self.worker.run(plan)
+        result = self.worker.run(plan)
+        for done in self.worker.disk_done:
+            assert self.on_disk is not None
+            asyncio.get_running_loop().call_soon(self.on_disk, done)
+        self.worker.disk_done.clear()
+        return result
+
+    def release_memory(self, blocks: Sequence[tuple[int, int]]) -> None:
+        self.released.append(list(blocks))
 
     async def close(self) -> None:
         self.closed = True
@@ -257,8 +340,28 @@ def expected_output(
             return tokens[len(request.prompt) :], "length"
 
 
+def make_tables(
+    num_blocks: int = 64,
+    *,
+    num_places: int = 0,
+    disk_files: int = 0,
+    share: bool = True,
+    capacity: int | None = None,
+) -> BlockTables:
+    """A KV cache with so many blocks, host places and files, none of them used."""
+    disk = DiskIndex(disk_files) if disk_files else None
+    if disk is not None:
+        disk.open((), 1)
+    host = BlockPool(num_places) if num_places else None
+    cache = KvCache(BlockPool(num_blocks, capacity), host, disk, block_bytes=BLOCK_TOKENS * 4)
+    return BlockTables(cache, "fake", share)
+
+
 class StepLoop:
-    """The engine's step loop in lockstep: plan, run, commit; every rule is checked on the way."""
+    """The engine's step loop in lockstep: plan, run, commit; every rule is checked on the way.
+
+    With `overlap` a plan is made and run before the one before it is committed.
+    """
 
     def __init__(
         self,
@@ -266,30 +369,45 @@ class StepLoop:
         num_blocks: int = 64,
         max_context: int = 1 << 30,
         settings: SchedulerSettings | None = None,
+        overlap: bool = False,
+        tables: BlockTables | None = None,
     ) -> None:
-        self.settings = settings if settings is not None else SchedulerSettings()
-        self.pool = BlockPool(num_blocks)
-        self.scheduler = Scheduler(self.pool, self.settings, max_context)
-        self.worker = FakeWorker(num_blocks)
+        settings = settings if settings is not None else SchedulerSettings()
+        self.settings = replace(settings, overlap=overlap)
+        self.tables = tables if tables is not None else make_tables(num_blocks)
+        self.kv = self.tables.kv
+        self.pool = self.kv.pool
+        self.scheduler = Scheduler(self.tables, self.settings, max_context)
+        self.worker = FakeWorker(self.pool.capacity)
         self.clock = ManualClock()
         self.max_context = max_context
         self.sequences: dict[int, Running] = {}
         self.outputs: dict[int, list[int]] = {}
         self.updates: list[SequenceUpdate] = []
         self.plans: list[StepPlan] = []
-        self._in_flight: tuple[StepPlan, StepResult] | None = None
+        self._in_flight: deque[tuple[StepPlan, StepResult]] = deque()
 
     @property
     def in_flight(self) -> bool:
-        return self._in_flight is not None
+        return bool(self._in_flight)
 
-    def add(self, num_prompt_tokens: int, max_tokens: int = 8, **fields: object) -> Running:
-        """A request that arrives now; its prompt depends on its id and nothing else."""
+    def add(
+        self,
+        num_prompt_tokens: int,
+        max_tokens: int = 8,
+        *,
+        prompt: Sequence[int] | None = None,
+        **fields: object,
+    ) -> Running:
+        """A request that arrives now; its prompt depends on its id and nothing else, unless it is
+        given."""
         seq_id = len(self.sequences)
         sampling = fields.pop("sampling", None) or SamplingParams(max_tokens=max_tokens)
         assert isinstance(sampling, SamplingParams)
+        if prompt is None:
+            prompt = [(seq_id * 31 + i) % VOCAB_SIZE for i in range(num_prompt_tokens)]
         request = make_request(
-            [(seq_id * 31 + i) % VOCAB_SIZE for i in range(num_prompt_tokens)],
+            prompt,
             id=f"r{seq_id}",
             sampling=sampling,
             arrival=self.clock(),
@@ -303,36 +421,46 @@ class StepLoop:
 
     def begin(self) -> StepPlan | None:
         """Plan and execute; `end` brings the result back."""
-        assert self._in_flight is None
+        assert self.scheduler.may_plan
         plan = self.scheduler.plan(self.clock())
         self.scheduler.check()
+        self._take(self.scheduler.take_ended())
         if plan is None:
-            assert not self.scheduler.has_work
+            assert self._in_flight or not self.scheduler.has_work or self.scheduler.wake_at()
             return None
         self._check_plan(plan)
         self.plans.append(plan)
-        self._in_flight = (plan, self.worker.run(plan))
+        self._in_flight.append((plan, self.worker.run(plan)))
         return plan
 
     def end(self) -> list[SequenceUpdate]:
-        assert self._in_flight is not None
-        plan, result = self._in_flight
-        self._in_flight = None
+        """Commit the oldest plan in flight, and what the disk has done."""
+        plan, result = self._in_flight.popleft()
         updates = self.scheduler.commit(plan, result, self.clock())
         self.scheduler.check()
+        for done in self.worker.disk_done:
+            self.scheduler.disk_done(done)
+            self.scheduler.check()
+        self.worker.disk_done.clear()
+        self._take(updates)
+        return updates
+
+    def _take(self, updates: list[SequenceUpdate]) -> None:
         for update in updates:
             self.outputs[update.seq.id].extend(update.tokens)
         self.updates.extend(updates)
-        return updates
 
     def step(self) -> list[SequenceUpdate]:
         """One whole step; no updates also if there was nothing to do."""
-        return [] if self.begin() is None else self.end()
+        planned = self.begin() if self.scheduler.may_plan else None
+        if not self._in_flight or (planned is not None and self.scheduler.may_plan):
+            return []
+        return self.end()
 
     def run(self, max_steps: int = 10_000) -> None:
         """Until nothing is left to do."""
         for _ in range(max_steps):
-            if not self.scheduler.has_work:
+            if not self.scheduler.has_work and not self._in_flight:
                 return
             self.step()
         raise AssertionError(f"not done after {max_steps} steps")
@@ -348,7 +476,7 @@ class StepLoop:
         """Everything that has not been aborted or failed says what it says when it is alone."""
         reasons = self.reasons()
         for seq_id, reason in reasons.items():
-            if reason != "error":
+            if reason not in ("error", "timeout"):
                 seq = self.sequences[seq_id]
                 expected = expected_output(seq.request, self.max_context)
                 assert (self.outputs[seq_id], reason) == expected
@@ -356,11 +484,17 @@ class StepLoop:
 
     def _check_plan(self, plan: StepPlan) -> None:
         sizes = {chunk.seq: chunk.stop - chunk.start for chunk in plan.chunks}
-        assert 0 < sum(sizes.values()) <= self.settings.token_budget
+        assert sum(sizes.values()) <= self.settings.token_budget
         running = [seq for seq in self.sequences.values() if seq.phase is Phase.RUNNING]
-        idle = [seq for seq in running if seq.id not in sizes]
+        idle = [
+            seq
+            for seq in running
+            if seq.id not in sizes and seq.num_scheduled_tokens < seq.num_expected_tokens
+        ]
+        if self.settings.overlap:
+            return
         # Everybody who runs gets on, but for the last when it is out of blocks.
         assert len(idle) <= 1
         for seq in idle:
-            assert self.pool.num_free == 0
+            assert self.kv.num_available <= 0
             assert len(seq.blocks) * BLOCK_TOKENS == seq.num_scheduled_tokens

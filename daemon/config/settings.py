@@ -128,6 +128,12 @@ class SchedulerSettings:
         Integer(low=1, high=1 << 20),
         "requests of one model that may wait; over it the answer is 429",
     ] = 1024
+    overlap: Annotated[
+        bool,
+        Flag(),
+        "plan the next step while one runs",
+    ] = True
+    caller_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

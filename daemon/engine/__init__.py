@@ -1,6 +1,7 @@
 """One loaded model at work."""
 
-from quantd.daemon.engine.engine import Engine, EngineStats
+from quantd.daemon.engine.engine import Engine
+from quantd.daemon.engine.stats import EngineStats, RequestState
 from quantd.daemon.engine.stream import TokenStream
 
-__all__ = ["Engine", "EngineStats", "TokenStream"]
+__all__ = ["Engine", "EngineStats", "RequestState", "TokenStream"]

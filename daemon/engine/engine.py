@@ -5,36 +5,28 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
+import msgspec
 import structlog
 
 from quantd.daemon.engine.executor import Executor
 from quantd.daemon.engine.metrics import EngineMetrics
+from quantd.daemon.engine.stats import EngineStats, RequestState
 from quantd.daemon.engine.stream import Leaving, TokenStream
-from quantd.daemon.errors import Unavailable
+from quantd.daemon.errors import RequestError, Unavailable
 from quantd.daemon.scheduler import admission
 from quantd.daemon.scheduler.scheduler import Scheduler, SequenceUpdate
 from quantd.daemon.scheduler.sequence import Sequence
-from quantd.daemon.types import ModelInfo, Request, StepPlan, StepResult
+from quantd.daemon.types import DiskDone, DiskIndex, ModelInfo, Request, StepPlan, StepResult
 
 _log = structlog.get_logger("quantd.engine")
 
 
-class EngineStats(NamedTuple):
-    """A look at an engine, for metrics and `ps`."""
-
-    running: int
-    waiting: int
-    blocks_free: int
-    blocks_used: int
-    blocks_total: int
-    preemptions: Mapping[str, int]
-    """Since the start, by reason."""
-    steps: int
-    finished: int
-    """Requests that ran to their end: neither aborted nor failed."""
+IDLE_SECONDS = 30.0
+"""At rest for so long, an engine gives back the memory that only its load has needed."""
 
 
 class _Active:
@@ -87,8 +79,11 @@ class Engine:
         self._refusal: str | None = None
         """Why no request is taken in any more."""
         self._ended = False
+        self._releases_memory = self._has_worked = False
         self._num_steps = 0
         self._num_finished = 0
+        self._num_prompt_tokens = self._num_cached_tokens = self._num_generated_tokens = 0
+        executor.on_disk = self._on_disk
         executor.died.add_done_callback(lambda died: self._end(died.result()))
 
     @property
@@ -102,17 +97,47 @@ class Engine:
         return self._ended
 
     def stats(self) -> EngineStats:
-        counts = self._scheduler.counts()
+        scheduler = self._scheduler
         return EngineStats(
-            running=counts.running,
-            waiting=counts.waiting,
-            blocks_free=counts.blocks_free,
-            blocks_used=counts.blocks_used,
-            blocks_total=self._info.num_blocks,
-            preemptions=counts.preemptions,
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            kv=scheduler.kv.stats(),
+            preemptions=scheduler.preemptions,
             steps=self._num_steps,
             finished=self._num_finished,
+            prompt_tokens=self._num_prompt_tokens,
+            cached_tokens=self._num_cached_tokens,
+            generated_tokens=self._num_generated_tokens,
         )
+
+    def requests(self) -> list[RequestState]:
+        """Every request that has not ended, in order of arrival."""
+        now = self._clock()
+        return [_state(seq, doing, now) for seq, doing in self._scheduler.sequences()]
+
+    def resize(self, kv_bytes: int) -> int:
+        """The budget for KV blocks from now on; gives the bytes that it comes to. Raises
+        RequestError for less than one block, or more than the address space that was reserved."""
+        block, most = self._info.block_bytes, self._scheduler.kv.pool.capacity
+        if not block <= kv_bytes < (most + 1) * block:
+            raise RequestError(
+                f"kv_bytes is {kv_bytes}, must be between {block} (one block) and {most * block}",
+                param="kv_bytes",
+            )
+        self._scheduler.resize(kv_bytes // block)
+        self._info = msgspec.structs.replace(self._info, num_blocks=kv_bytes // block)
+        self._after_shrinking()
+        return self._info.num_blocks * block
+
+    def shrink(self) -> None:
+        """Give up cached blocks, and the memory of all that are free."""
+        self._scheduler.kv.shrink()
+        self._after_shrinking()
+
+    def _after_shrinking(self) -> None:
+        self._deliver_ended()
+        self._releases_memory = True
+        self._work.set()
 
     def submit(self, request: Request) -> TokenStream:
         """Takes a request in; its tokens come from the stream.
@@ -164,23 +189,70 @@ class Engine:
         await self._executor.close()
 
     async def _run_steps(self) -> None:
+        scheduler = self._scheduler
+        flights: deque[tuple[StepPlan, asyncio.Future[StepResult]]] = deque()
         done: _Step | None = None
         while not self._ended:
-            plan = self._scheduler.plan(self._clock())
-            if plan is None:
-                self._deliver(done)
-                done = None
-                self._work.clear()
-                await self._work.wait()
-                continue
-            # The worker computes this step while the last one's tokens become text.
+            plan = scheduler.plan(self._clock()) if scheduler.may_plan else None
+            self._deliver_ended()
             try:
-                running = self._executor.execute(plan)
+                if plan is not None:
+                    flights.append((plan, self._execute(plan)))
             finally:
+                # The worker computes while the last step's tokens become text.
                 self._deliver(done)
+            done = None
+            if plan is not None and scheduler.may_plan:
+                continue
+            if not flights:
+                await self._rest()
+                continue
+            plan, running = flights.popleft()
             result = await running
             now = self._clock()
-            done = _Step(plan, result, self._scheduler.commit(plan, result, now), now)
+            done = _Step(plan, result, scheduler.commit(plan, result, now), now)
+
+    def _execute(self, plan: StepPlan) -> asyncio.Future[StepResult]:
+        running = self._executor.execute(plan)
+        # Of two that fail together only the first is awaited.
+        running.add_done_callback(lambda future: future.cancelled() or future.exception())
+        return running
+
+    async def _rest(self) -> None:
+        """There is nothing to do until somebody sets `_work`, or a sequence's patience ends."""
+        if self._releases_memory:
+            self._releases_memory = False
+            self._executor.release_memory(self._scheduler.kv.pool.free_ranges())
+        self._work.clear()
+        due = self._scheduler.wake_at()
+        seconds = None if due is None else max(0.0, due - self._clock())
+        if seconds is None and not self._scheduler.has_work:
+            self._scheduler.check_counts()
+            seconds = IDLE_SECONDS if self._has_worked else None
+        try:
+            await asyncio.wait_for(self._work.wait(), seconds)
+        except TimeoutError:
+            # At rest for long: what it does not need goes back, what is cached stays.
+            self._releases_memory = self._has_worked and not self._scheduler.has_work
+            self._has_worked = False
+        else:
+            self._has_worked = True
+
+    def _on_disk(self, message: DiskDone | DiskIndex) -> None:
+        if isinstance(message, DiskDone):
+            self._scheduler.disk_done(message)
+            self._work.set()
+        elif self._scheduler.kv.disk is not None:
+            self._scheduler.kv.disk.open(message.keys, message.file_bytes)
+            self._work.set()  # it may be over its budget
+
+    def _deliver_ended(self) -> None:
+        """Hands over what ended without a step."""
+        for update in self._scheduler.take_ended():
+            assert update.finish_reason is not None
+            active = self._active[update.seq.id]
+            active.stream.finish(update.finish_reason, update.error)
+            self._forget(update.seq.id, update.finish_reason)
 
     def _deliver(self, step: _Step | None) -> None:
         """Hands a step's tokens to the streams. What was aborted since is passed over."""
@@ -191,6 +263,7 @@ class Engine:
             if active is None:
                 continue
             active.stream.push(update.tokens, update.logprobs, update.prompt_logprobs)
+            active.stream.num_cached_tokens = update.seq.num_cached_tokens
             if update.tokens:
                 self._measure_tokens(active, step.at)
             if update.finish_reason is not None:
@@ -199,14 +272,18 @@ class Engine:
         self._num_steps += 1
         num_tokens = sum(chunk.stop - chunk.start for chunk in step.plan.chunks)
         self._metrics.observe_step(step.result.seconds, num_tokens)
-        self._metrics.count_generated(sum(len(update.tokens) for update in step.updates))
+        num_generated = sum(len(update.tokens) for update in step.updates)
+        self._num_generated_tokens += num_generated
+        self._metrics.count_generated(num_generated)
 
     def _measure_tokens(self, active: _Active, now: float) -> None:
         if active.last_token_at is None:
             sequence = active.sequence
             self._metrics.observe_queue(sequence.queue_seconds or 0.0)
             self._metrics.observe_ttft(now - sequence.request.arrival)
-            self._metrics.count_prompt(sequence.num_prompt_tokens, 0)
+            self._num_prompt_tokens += sequence.num_prompt_tokens
+            self._num_cached_tokens += sequence.num_cached_tokens
+            self._metrics.count_prompt(sequence.num_prompt_tokens, sequence.num_cached_tokens)
         else:
             self._metrics.observe_itl(now - active.last_token_at)
         active.last_token_at = now
@@ -240,3 +317,22 @@ class Engine:
             self._num_finished += 1
         if not self._active:
             self._idle.set()
+
+
+def _state(seq: Sequence, doing: str, now: float) -> RequestState:
+    request = seq.request
+    return RequestState(
+        id=request.id,
+        caller=request.caller,
+        phase=doing,
+        priority=request.priority,
+        prompt_tokens=seq.num_prompt_tokens,
+        cached_tokens=seq.num_cached_tokens,
+        computed_tokens=seq.num_computed_tokens,
+        output_tokens=seq.num_output_tokens,
+        max_tokens=request.sampling.max_tokens,
+        blocks=len(seq.blocks),
+        preemptions=seq.num_preemptions,
+        age=now - request.arrival,
+        queue_seconds=seq.queue_seconds,
+    )

@@ -6,7 +6,7 @@ import asyncio
 import socket
 import sys
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -14,6 +14,8 @@ from quantd.daemon.engine.process import WorkerProcess
 from quantd.daemon.errors import ModelRefused, Unavailable
 from quantd.daemon.frames import FrameDecoder, FrameEncoder, FrameError
 from quantd.daemon.types import (
+    DiskDone,
+    DiskIndex,
     FromWorker,
     LoadModel,
     LoadProgress,
@@ -44,11 +46,18 @@ class Executor(Protocol):
         """Done, with the reason, when no plan can run any more."""
         ...
 
-    def execute(self, plan: StepPlan) -> Awaitable[StepResult]:
+    def execute(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """The plan is on its way when this returns; await for its result.
 
         Raises `Unavailable`, at once or when awaited, when the worker is gone.
         """
+        ...
+
+    on_disk: Callable[[DiskDone | DiskIndex], None] | None
+    """Where the disk tier's news go; what came before it was set comes then."""
+
+    def release_memory(self, blocks: Sequence[tuple[int, int]]) -> None:
+        """Tells the worker that nobody needs the bytes of these ranges of blocks."""
         ...
 
     async def close(self) -> None:

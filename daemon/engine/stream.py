@@ -30,6 +30,7 @@ class TokenStream:
         "_finish_reason",
         "_error",
         "_exhausted",
+        "num_cached_tokens",
     )
 
     def __init__(self, on_leave: Callable[[Leaving], None]) -> None:
@@ -42,6 +43,8 @@ class TokenStream:
         self._finish_reason: FinishReason | None = None
         self._error: str | None = None
         self._exhausted = False
+        self.num_cached_tokens = 0
+        """Goes out with every event; the engine sets it."""
 
     @property
     def is_finished(self) -> bool:
@@ -102,6 +105,7 @@ class TokenStream:
             prompt_logprobs=tuple(self._prompt_logprobs),
             finish_reason=self._finish_reason,
             error=self._error,
+            num_cached_tokens=self.num_cached_tokens,
         )
         self._tokens.clear()
         self._logprobs.clear()

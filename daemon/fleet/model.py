@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import structlog
 
 from quantd.daemon.config import ModelSettings
-from quantd.daemon.engine.engine import EngineStats
+from quantd.daemon.engine.stats import EngineStats
 from quantd.daemon.errors import ModelRefused, Unavailable
 from quantd.daemon.fleet.lease import Lease
 from quantd.daemon.fleet.resident import Loader, Resident

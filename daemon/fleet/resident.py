@@ -16,8 +16,11 @@ from quantd.daemon.engine.engine import Engine
 from quantd.daemon.engine.executor import Executor, OnProgress
 from quantd.daemon.engine.metrics import EngineMetrics
 from quantd.daemon.errors import QuantdError, Unavailable
+from quantd.daemon.kv.cache import KvCache
+from quantd.daemon.kv.disk import DiskIndex
 from quantd.daemon.kv.pool import BlockPool
 from quantd.daemon.scheduler.scheduler import Scheduler
+from quantd.daemon.scheduler.tables import BlockTables
 from quantd.daemon.text import TextModel
 from quantd.daemon.types import LoadModel, ModelInfo
 
@@ -90,9 +93,10 @@ class Loader:
             await _discard(worker)
             raise
         executor = worker.result()
-        scheduler = Scheduler(
-            BlockPool(executor.info.num_blocks), self.scheduler, executor.info.max_context
+        tables = BlockTables(
+            _cache(executor.info, model), executor.info.kv_revision, share=model.prefix_cache
         )
+        scheduler = Scheduler(tables, self.scheduler, executor.info.max_context)
         metrics = self.metrics.engine(model.name)
         engine = Engine(executor, executor.info, scheduler, metrics, self.clock)
         return Resident(executor, engine, text.result())
@@ -118,6 +122,15 @@ async def _discard(worker: asyncio.Future[LoadedExecutor]) -> None:
         await worker.result().close()
 
 
+def _cache(info: ModelInfo, model: ModelSettings) -> KvCache:
+    pool = BlockPool(info.num_blocks, max(info.max_blocks, info.num_blocks))
+    host = BlockPool(info.num_host_blocks) if info.num_host_blocks else None
+    # Blocks that nobody else may use are of no use later either.
+    keeps = model.disk_kv_path is not None and host is not None and model.prefix_cache
+    disk = DiskIndex(model.disk_kv_bytes) if keeps else None
+    return KvCache(pool, host, disk, info.block_bytes)
+
+
 def _frame(model: ModelSettings) -> LoadModel:
     return LoadModel(
         name=model.name,
@@ -126,6 +139,8 @@ def _frame(model: ModelSettings) -> LoadModel:
         quantization=model.quantization,
         max_context=model.max_context,
         kv_bytes=model.kv_bytes,
+        host_kv_bytes=model.host_kv_bytes,
+        disk_kv_path=None if model.disk_kv_path is None else str(model.disk_kv_path),
         load_format=model.load_format,
         device=model.device,
         threads=model.threads,

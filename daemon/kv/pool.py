@@ -7,36 +7,39 @@ from collections.abc import Iterable
 
 
 class BlockPool:
-    """The ids [0, num_blocks), each free or held by a number of owners.
+    """The ids [0, capacity), of which at most `limit` are in use at once.
 
-    Invariant: `num_free + num_used == num_blocks`, and a block is free exactly when nobody owns it.
-    The lowest free ids go out first, so that a pool whose memory is committed on first touch
-    stays as small as its load ever was. Called by one owner on the event loop; not thread-safe.
+    A block is *used* when a sequence owns it, *cached* when no sequence does and the prefix tree
+    holds it, else free. Invariant: `num_used + num_cached + num_free == limit`, where num_free is
+    below zero for a while after the limit was lowered. The lowest free ids go out first, so
+    that a pool whose memory is committed on first touch stays as small as its load ever was.
+    Called by one owner on the event loop; not thread-safe.
     """
 
-    __slots__ = ("num_blocks", "_num_owners", "_freed")
+    __slots__ = ("capacity", "limit", "num_used", "num_cached", "_owners", "_held", "_freed")
 
-    def __init__(self, num_blocks: int) -> None:
-        assert num_blocks >= 1
-        self.num_blocks = num_blocks
+    def __init__(self, limit: int, capacity: int | None = None) -> None:
+        assert limit >= 1
+        self.capacity = limit if capacity is None else capacity
+        assert self.capacity >= limit
+        self.limit = limit
+        """Set by `resize` only."""
+        self.num_used = 0
+        self.num_cached = 0
         # The ids [0, len) were given out at least once; those from len on are free, and no list
         # of them exists: a pool of a million blocks costs nothing before it is used.
-        self._num_owners: list[int] = []
+        self._owners: list[int] = []
+        self._held = bytearray()
         self._freed: list[int] = []  # a heap
 
     @property
     def num_free(self) -> int:
-        return self.num_blocks - len(self._num_owners) + len(self._freed)
-
-    @property
-    def num_used(self) -> int:
-        """Blocks with at least one owner."""
-        return len(self._num_owners) - len(self._freed)
+        return self.limit - self.num_used - self.num_cached
 
     def num_owners(self, block: int) -> int:
-        """How many owners the block has; 0 if it is free."""
-        assert 0 <= block < self.num_blocks
-        return self._num_owners[block] if block < len(self._num_owners) else 0
+        """How many sequences own the block."""
+        assert 0 <= block < self.capacity
+        return self._owners[block] if block < len(self._owners) else 0
 
     def allocate(self, n: int) -> list[int] | None:
         """`n` >= 0 free blocks, each with one owner now; or None and nothing has changed.
@@ -44,36 +47,89 @@ class BlockPool:
         O(log(freed)) per block.
         """
         assert n >= 0
-        if n > self.num_free:
+        if n > self.num_free and n > 0:
             return None
         num_freed = min(n, len(self._freed))
         # A freed id is always below a fresh one, so taking these first is lowest-first.
         blocks = [heapq.heappop(self._freed) for _ in range(num_freed)]
         for block in blocks:
-            self._num_owners[block] = 1
-        num_fresh = n - num_freed
-        blocks.extend(range(len(self._num_owners), len(self._num_owners) + num_fresh))
-        self._num_owners.extend([1] * num_fresh)
+            self._owners[block] = 1
+        fresh = n - num_freed
+        blocks.extend(range(len(self._owners), len(self._owners) + fresh))
+        self._owners.extend([1] * fresh)
+        self._held.extend(bytes(fresh))
+        self.num_used += n
         return blocks
 
     def retain(self, blocks: Iterable[int]) -> None:
-        """One owner more for each of the blocks, all of which must be in use."""
+        """One owner more for each of the blocks, none of which may be free."""
         for block in blocks:
-            assert self.num_owners(block) > 0, f"block {block} is free, nobody may retain it"
-            self._num_owners[block] += 1
+            owners = self.num_owners(block)
+            if owners == 0:
+                assert self.is_held(block), f"block {block} is free, nobody may retain it"
+                self.num_cached -= 1
+                self.num_used += 1
+            self._owners[block] = owners + 1
 
     def release(self, blocks: Iterable[int]) -> None:
-        """One owner less for each of the blocks; those without any are free at once."""
+        """One owner less for each of the blocks; those without any are free at once, or cached."""
         for block in blocks:
-            assert self.num_owners(block) > 0, f"block {block} is released more than it is owned"
-            self._num_owners[block] -= 1
-            if self._num_owners[block] == 0:
-                heapq.heappush(self._freed, block)
+            owners = self.num_owners(block)
+            assert owners > 0, f"block {block} is released more than it is owned"
+            self._owners[block] = owners - 1
+            if owners == 1:
+                self.num_used -= 1
+                if self._held[block]:
+                    self.num_cached += 1
+                else:
+                    heapq.heappush(self._freed, block)
+
+    def is_held(self, block: int) -> bool:
+        return block < len(self._held) and self._held[block] != 0
+
+    def hold(self, block: int) -> None:
+        """The tree keeps a used block, also when its owners are gone."""
+        assert self.num_owners(block) > 0 and not self._held[block]
+        self._held[block] = 1
+
+    def unhold(self, block: int) -> None:
+        """The tree lets go of a block; if nobody owns it, it is free at once."""
+        assert self._held[block]
+        self._held[block] = 0
+        if self._owners[block] == 0:
+            self.num_cached -= 1
+            heapq.heappush(self._freed, block)
+
+    def resize(self, limit: int) -> None:
+        """How many blocks may be in use from now on. When it is lowered below what is in use,
+        num_free is negative and nothing is allocated until enough came back."""
+        assert 1 <= limit <= self.capacity
+        self.limit = limit
+
+    def free_ranges(self) -> list[tuple[int, int]]:
+        """The ids that were in use before and are free now, as half-open ranges."""
+        ranges: list[tuple[int, int]] = []
+        for block in sorted(self._freed):
+            if ranges and ranges[-1][1] == block:
+                ranges[-1] = (ranges[-1][0], block + 1)
+            else:
+                ranges.append((block, block + 1))
+        return ranges
+
+    def check_counts(self) -> None:
+        """The cheap part of `check`: O(1)."""
+        assert self.num_used >= 0 and self.num_cached >= 0
+        assert self.num_used + self.num_cached + len(self._freed) == len(self._owners)
+        assert len(self._owners) <= self.capacity
 
     def check(self) -> None:
         """Recount from scratch; AssertionError if the invariant is broken. O(blocks ever used)."""
-        assert len(self._num_owners) <= self.num_blocks
-        assert all(owners >= 0 for owners in self._num_owners)
-        unowned = [block for block, owners in enumerate(self._num_owners) if owners == 0]
+        self.check_counts()
+        assert len(self._held) == len(self._owners)
+        assert all(owners >= 0 for owners in self._owners)
+        used = sum(owners > 0 for owners in self._owners)
+        pairs = list(enumerate(zip(self._owners, self._held, strict=True)))
+        unowned = [block for block, (owners, held) in pairs if owners == 0 and not held]
         assert sorted(self._freed) == unowned, "the free list is not the list of unowned blocks"
-        assert self.num_free + self.num_used == self.num_blocks
+        cached = sum(owners == 0 and held != 0 for _, (owners, held) in pairs)
+        assert (used, cached) == (self.num_used, self.num_cached)

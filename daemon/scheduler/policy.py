@@ -20,8 +20,12 @@ class Policy(Protocol):
     """The part of the batch, in [0, 1], that may be held by sequences which were started out of
     turn because they had waited too long. 0 for an order that is itself by age."""
 
+    def rank(self, seq: Sequence) -> int:
+        """Waiting sequences of a smaller rank start first, whoever sent them. Between callers whose
+        first ones are of one rank, who has had least goes first."""
+
     def start_key(self, seq: Sequence) -> Key:
-        """Waiting sequences start in this order."""
+        """Waiting sequences of one caller start in this order, which begins with their rank."""
 
     def keep_key(self, seq: Sequence) -> Key:
         """Running sequences get blocks in this order and lose them in the reverse one.
@@ -41,6 +45,9 @@ class Fcfs:
     """First come, first served. Request.priority is ignored."""
 
     aged_share = 0.0
+
+    def rank(self, seq: Sequence) -> int:
+        return 0
 
     def start_key(self, seq: Sequence) -> Key:
         return (seq.request.arrival, seq.id)
@@ -78,6 +85,9 @@ class Priority(Fcfs):
     """
 
     aged_share = 1 / 8
+
+    def rank(self, seq: Sequence) -> int:
+        return seq.request.priority
 
     def start_key(self, seq: Sequence) -> Key:
         return (seq.request.priority, seq.request.arrival, seq.id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from quantd.daemon.scheduler.sequence import Sequence
+from quantd.daemon.types import BLOCK_TOKENS
 
 WINDOW = 32
 """An estimate is the plain mean of a caller's first WINDOW outputs, and then forgets the oldest at
@@ -32,11 +33,12 @@ class OutputPredictor:
         return min(mean.value, max_tokens) if mean.count else max_tokens
 
     def work_left(self, seq: Sequence) -> float:
-        """Tokens still to compute: those known and not computed, and the output yet to come.
+        """Tokens still to compute: those that no block was known for when it joined the queue, and
+        the output yet to come.
 
         A sequence that has outlived its estimate is predicted to end with its next token.
         """
-        uncomputed = len(seq.tokens) - seq.num_computed_tokens
+        uncomputed = len(seq.tokens) - seq.num_known_blocks * BLOCK_TOKENS
         return uncomputed + max(1.0, self.output_tokens(seq) - seq.num_output_tokens)
 
 

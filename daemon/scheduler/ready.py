@@ -1,4 +1,4 @@
-"""The sequences that wait for their turn, in two orders: the policy's, and that of age."""
+"""The sequences that wait for their turn: by caller and the policy, and by age."""
 
 from __future__ import annotations
 
@@ -6,41 +6,56 @@ import heapq
 
 from quantd.daemon.scheduler.policy import Key, Policy
 from quantd.daemon.scheduler.sequence import Sequence
+from quantd.daemon.scheduler.shares import CallerShares
 
 
 class ReadyQueue:
-    """Waiting sequences, by policy and by age.
+    """Waiting sequences, by policy within each caller, and by age.
 
     A sequence is *overdue* once it has waited `aging_seconds` in all, over every wait it had; the
-    overdue ones stand in order of arrival. All calls are O(log n), amortized; none scans.
+    overdue ones stand in order of arrival. All calls are O(log n), amortized, and `first` O(callers
+    who wait) beside it; none scans the sequences.
     """
 
-    def __init__(self, policy: Policy, aging_seconds: float) -> None:
+    def __init__(self, policy: Policy, aging_seconds: float, shares: CallerShares) -> None:
         self._policy = policy
         self._aging_seconds = aging_seconds
-        self._by_policy = _Heap()
+        self._shares = shares
+        self._by_caller: dict[str, _Heap] = {}
+        self._num_waiting = 0
         self._by_due_time = _Heap()
         self._overdue = _Heap()
 
     def __len__(self) -> int:
-        return len(self._by_policy)
+        return self._num_waiting
 
     def add(self, seq: Sequence) -> None:
         """`seq` waits from `seq.waiting_since` on."""
-        self._by_policy.add(seq, self._policy.start_key(seq))
+        own = self._by_caller.setdefault(seq.request.caller, _Heap())
+        own.add(seq, self._policy.start_key(seq))
+        self._num_waiting += 1
         due = seq.waiting_since + self._aging_seconds - seq.seconds_waited
         self._by_due_time.add(seq, (due, seq.id))
 
     def remove(self, seq: Sequence) -> None:
         """`seq` must be waiting."""
-        self._by_policy.remove(seq)
+        own = self._by_caller[seq.request.caller]
+        own.remove(seq)
+        if not len(own):
+            del self._by_caller[seq.request.caller]
+        self._num_waiting -= 1
         by_age = self._by_due_time if seq in self._by_due_time else self._overdue
         by_age.remove(seq)
 
     def first(self) -> Sequence | None:
-        """Whose turn it is by the policy."""
-        entry = self._by_policy.first()
-        return None if entry is None else entry[1]
+        """Whose turn it is: by rank, then of the caller who has had least, then by the policy."""
+        heads = [(own.first(), caller) for caller, own in self._by_caller.items()]
+        turns = [
+            (self._policy.rank(head[1]), self._shares.used(caller), head[0], head[1].id, head[1])
+            for head, caller in heads
+            if head is not None
+        ]
+        return min(turns, key=lambda turn: turn[:4])[4] if turns else None
 
     def first_overdue(self, now: float) -> Sequence | None:
         """The earliest arrival among those that have waited too long."""
@@ -53,10 +68,10 @@ class ReadyQueue:
 
     def check(self) -> None:
         """Recount; AssertionError if a sequence is in one order and not in the other."""
-        by_policy, due = self._by_policy.ids(), self._by_due_time.ids()
-        overdue = self._overdue.ids()
+        waiting = [seq for own in self._by_caller.values() for seq in own.ids()]
+        due, overdue = self._by_due_time.ids(), self._overdue.ids()
         assert due.isdisjoint(overdue)
-        assert by_policy == due | overdue
+        assert len(waiting) == self._num_waiting and set(waiting) == due | overdue
 
 
 class _Heap:

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import msgspec
 
 from quantd.daemon.config import SchedulerSettings
-from quantd.daemon.kv.pool import BlockPool
+from quantd.daemon.kv.cache import KvCache, Match
+from quantd.daemon.kv.tree import TOKEN_BYTES
+from quantd.daemon.scheduler.deadlines import Deadlines
+from quantd.daemon.scheduler.fetching import FetchQueue
 from quantd.daemon.scheduler.pace import StartPace
 from quantd.daemon.scheduler.policy import Key, make_policy
 from quantd.daemon.scheduler.ready import ReadyQueue
 from quantd.daemon.scheduler.sequence import Phase, Sequence, blocks_for
 from quantd.daemon.scheduler.share import share_budget
+from quantd.daemon.scheduler.shares import CallerShares
+from quantd.daemon.scheduler.tables import BlockTables
 from quantd.daemon.types import (
     BLOCK_TOKENS,
     Chunk,
+    DiskDone,
     FinishReason,
     NewSequence,
     PromptLogprobs,
@@ -49,22 +55,22 @@ class SequenceUpdate(msgspec.Struct, frozen=True):
     error: str | None = None
 
 
-class Counts(NamedTuple):
-    running: int
-    waiting: int
-    blocks_free: int
-    blocks_used: int
-    preemptions: Mapping[str, int]
-    """Since the start, by reason; every reason is there."""
+class _Flight(NamedTuple):
+    """A plan that was handed out, with whom its chunks belong to: (sequence, its stay)."""
+
+    plan: StepPlan
+    stays: list[tuple[Sequence, int]]
 
 
 class Scheduler:
     """Owns the sequences of one model, from `add` to their last update.
 
-    The step loop calls `plan`, has the worker execute it, and calls `commit` with the result; one
-    plan is in flight at a time. `add` and `abort` may be called at any moment, also in between:
-    an aborted sequence's blocks are free at once, because the worker executes plans in order.
-    Everything runs on the event loop and nothing waits.
+    The step loop calls `plan`, has the worker execute it, and calls `commit` with the result, in
+    order. With `overlap` one plan may be made while the one before is in flight: it goes on
+    from tokens that are not known yet, and what it computes for a sequence that turns out to have
+    ended is dropped. `add` and `abort` may be called at any moment; the blocks of a sequence that
+    leaves are free at once, because the worker executes plans in order. Everything runs on the
+    event loop and nothing waits.
 
     Running sequences stand in the order in which they keep their place (`Policy.keep_key`, aged
     ones first), which is fixed while they run. Blocks are given from the front and taken from the
@@ -76,22 +82,27 @@ class Scheduler:
     preempted sequence does not come back just to be preempted again.
     """
 
-    def __init__(self, pool: BlockPool, settings: SchedulerSettings, max_context: int) -> None:
+    def __init__(self, tables: BlockTables, settings: SchedulerSettings, max_context: int) -> None:
         """`max_context`: most tokens of one sequence, prompt and output together."""
-        self._pool = pool
+        self._tables = tables
+        self._kv = tables.kv
         self._settings = settings
         self._max_context = max_context
         # Each running sequence needs a token of every step's budget.
         self._max_running = min(settings.max_running, settings.token_budget)
         self._policy = make_policy(settings)
         self._max_aged = math.ceil(self._policy.aged_share * self._max_running)
-        self._ready = ReadyQueue(self._policy, settings.aging_seconds)
+        self._shares = CallerShares(settings.caller_weights)
+        self._ready = ReadyQueue(self._policy, settings.aging_seconds, self._shares)
+        self._fetching = FetchQueue(self._kv)
+        self._deadlines = Deadlines()
         self._pace = StartPace()
-        self._sequences: dict[int, Sequence] = {}  # waiting and running
+        self._sequences: dict[int, Sequence] = {}  # waiting, fetching and running
         self._running: list[Sequence] = []
         self._drops: list[int] = []
         self._step = 0
-        self._in_flight: StepPlan | None = None
+        self._in_flight: deque[_Flight] = deque()
+        self._ended: list[SequenceUpdate] = []
         self._num_preemptions: dict[str, int] = dict.fromkeys(PREEMPTION_REASONS, 0)
 
     # --- what the engine asks ----------------------------------------------------------------
@@ -101,95 +112,187 @@ class Scheduler:
         return self._settings
 
     @property
+    def kv(self) -> KvCache:
+        return self._kv
+
+    @property
     def has_work(self) -> bool:
         return bool(self._sequences)
 
     @property
-    def num_waiting(self) -> int:
-        return len(self._ready)
+    def num_running(self) -> int:
+        return len(self._running)
 
-    def counts(self) -> Counts:
-        return Counts(
-            running=len(self._running),
-            waiting=len(self._ready),
-            blocks_free=self._pool.num_free,
-            blocks_used=self._pool.num_used,
-            preemptions=dict(self._num_preemptions),
-        )
+    @property
+    def num_waiting(self) -> int:
+        """With those that wait for blocks from disk."""
+        return len(self._ready) + len(self._fetching)
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def may_plan(self) -> bool:
+        """As many plans may be in flight at once as `overlap` says."""
+        return len(self._in_flight) < 1 + self._settings.overlap
+
+    @property
+    def preemptions(self) -> Mapping[str, int]:
+        """Since the start, by reason; every reason is there."""
+        return dict(self._num_preemptions)
+
+    def sequences(self) -> list[tuple[Sequence, str]]:
+        """All that have not ended, with what each is doing."""
+        return [(seq, self._doing(seq)) for seq in self._sequences.values()]
 
     def seconds_per_start(self, now: float) -> float:
         """How long, by the recent pace, until one place in the queue becomes free."""
         return self._pace.seconds_per_start(now)
+
+    def wake_at(self) -> float | None:
+        """When `plan` may have something to do though nothing happens; None: never."""
+        return self._fetching.next_due()
+
+    def _doing(self, seq: Sequence) -> str:
+        if seq.phase is Phase.RUNNING:
+            return "prefill" if seq.num_computed_tokens + 1 < len(seq.tokens) else "decode"
+        return "fetching" if seq in self._fetching else "waiting"
 
     # --- sequences come and go ---------------------------------------------------------------
 
     def add(self, seq: Sequence) -> None:
         """Take in a new sequence, which admission has found to fit the pool alone."""
         assert seq.id not in self._sequences and seq.phase is Phase.WAITING
-        longest = min(seq.num_prompt_tokens + seq.request.sampling.max_tokens, self._max_context)
-        # The last token is sampled and never computed.
-        assert blocks_for(longest - 1) <= self._pool.num_blocks, (
-            "admission let pass what never fits"
-        )
-        if not self._ready:
+        assert self._most_blocks(seq) <= self._kv.pool.limit, "admission let pass what never fits"
+        if not self.num_waiting:
             self._pace.waits_from(seq.waiting_since)
         self._sequences[seq.id] = seq
-        self._ready.add(seq)
+        self._shares.enter(seq.request.caller)
+        self._deadlines.add(seq)
+        self._tables.enter(seq)
+        if not self._fetching.begin(seq):
+            self._ready.add(seq)
 
     def abort(self, seq_id: int) -> bool:
         """Forget a sequence; there will be no further update of it. False if it is unknown."""
-        seq = self._sequences.pop(seq_id, None)
+        seq = self._sequences.get(seq_id)
         if seq is None:
             return False
-        if seq.phase is Phase.WAITING:
-            self._ready.remove(seq)
-        else:
+        if seq.phase is Phase.RUNNING:
             self._running.remove(seq)
-            self._take_off(seq)
-        seq.phase = Phase.FINISHED
+        self._forget(seq)
         return True
+
+    def disk_done(self, done: DiskDone) -> None:
+        """A file was written or read; sequences that waited for it go on with the next plan."""
+        for job in self._kv.disk_done(done):
+            seq = self._fetching.done(job)
+            if seq is not None:
+                self._tables.look(seq)
+                self._ready.add(seq)
+
+    def resize(self, num_blocks: int) -> None:
+        """The pool's budget, at any time. What can never fit any more ends with an error."""
+        self._kv.resize(num_blocks)
+        for seq in list(self._sequences.values()):
+            needed = self._most_blocks(seq)
+            if needed > self._kv.pool.limit:
+                self._end(
+                    seq,
+                    "error",
+                    f"the KV pool was made smaller: the request needs up to {needed} blocks, and "
+                    f"there are {self._kv.pool.limit}",
+                )
+
+    def take_ended(self) -> list[SequenceUpdate]:
+        """Those that have ended without a step: their time was over, or the pool became too small.
+        To be called after each `plan` and `resize`."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _most_blocks(self, seq: Sequence) -> int:
+        longest = min(seq.num_prompt_tokens + seq.request.sampling.max_tokens, self._max_context)
+        return blocks_for(longest - 1)  # the last token is sampled and never computed
+
+    def _end(self, seq: Sequence, reason: FinishReason, error: str) -> None:
+        if seq.phase is Phase.RUNNING:
+            self._running.remove(seq)
+        self._forget(seq)
+        self._ended.append(SequenceUpdate(seq, finish_reason=reason, error=error))
+
+    def _forget(self, seq: Sequence, *, spoilt: bool = False) -> None:
+        """The last of a sequence, which is not in the list of running ones any more."""
+        if seq.phase is Phase.RUNNING:
+            self._take_off(seq, spoilt=spoilt)
+        elif not self._fetching.remove(seq):
+            self._ready.remove(seq)
+        seq.phase = Phase.FINISHED
+        del self._sequences[seq.id]
+        self._deadlines.remove(seq)
+        self._shares.leave(seq.request.caller)
+        self._tables.leave(seq)
 
     # --- a step ------------------------------------------------------------------------------
 
     def plan(self, now: float) -> StepPlan | None:
-        """The next step, which the caller must execute and `commit`; None if there is no work.
+        """The next step, which the caller must execute and `commit`; None if there is nothing to do
+        before a plan in flight is committed, or at all.
 
         Drops never make a plan of their own: they ride with the next one, and until then the
-        worker remembers no more sequences than its last step had.
+        worker remembers no more sequences than its last steps had.
         """
-        assert self._in_flight is None, "the last plan was not committed"
+        assert self.may_plan, "the last plan was not committed"
+        self._kv.step = self._step + 1
+        for seq in self._deadlines.due(now):
+            self._end(seq, "timeout", _over(seq))
+        for seq in self._fetching.overdue(now):
+            self._ready.add(seq)
         self._start_waiting(now)
-        if not self._running:
+        going = [seq for seq in self._running if self._goes_on(seq)]
+        left = [seq.num_expected_tokens - seq.num_scheduled_tokens for seq in going]
+        sizes = share_budget(self._settings.token_budget, left) if going else []
+        chunks = self._place(going, sizes, now)
+        if not chunks and not self._kv.has_orders:
             return None
-        left = [len(seq.tokens) - seq.num_scheduled_tokens for seq in self._running]
-        chunks = self._place(share_budget(self._settings.token_budget, left), now)
-        assert chunks, "the first in the batch always gets on"
         self._step += 1
         drops, self._drops = tuple(self._drops), []
-        self._in_flight = StepPlan(
-            step=self._step, chunks=tuple(chunks), add=self._introduce(chunks), drop=drops
+        stays = [(seq, seq.stay) for seq in (self._sequences[chunk.seq] for chunk in chunks)]
+        plan = StepPlan(
+            step=self._step,
+            chunks=tuple(chunks),
+            rebinds=self._tables.take_rebinds(),
+            add=self._introduce(chunks),
+            drop=drops,
+            copies=self._kv.take_copies(),
+            disk=self._kv.take_disk_ops(),
         )
-        return self._in_flight
+        self._in_flight.append(_Flight(plan, stays))
+        return plan
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[SequenceUpdate]:
         """Apply a plan's result; the updates, in the plan's order.
 
-        Results of sequences that were aborted meanwhile are passed over.
+        Results of sequences that have ended or left the batch meanwhile are passed over.
         """
-        assert plan is self._in_flight and result.step == plan.step
-        self._in_flight = None
+        flight = self._in_flight.popleft()
+        assert plan is flight.plan and result.step == plan.step
+        num_tokens = sum(chunk.stop - chunk.start for chunk in plan.chunks)
+        self._kv.done(result, num_tokens, len(result.sampled))
         for part in result.prompt_logprobs:
             self._keep_prompt_logprobs(part)
         updates = []
         sampled = iter(result.sampled)
-        for chunk in plan.chunks:
+        for chunk, (seq, stay) in zip(plan.chunks, flight.stays, strict=True):
             item = next(sampled) if chunk.sample else None
-            seq = self._sequences.get(chunk.seq)
-            if seq is None:
+            if seq.phase is not Phase.RUNNING or seq.stay != stay:
                 continue
             seq.num_computed_tokens = chunk.stop
             if item is not None:
+                seq.num_pending -= 1
                 updates.append(self._take_token(seq, item, now))
+            if seq.phase is Phase.RUNNING:
+                self._tables.publish(seq, merge=True)
         if any(update.finish_reason is not None for update in updates):
             self._running = [seq for seq in self._running if seq.phase is Phase.RUNNING]
         return updates
@@ -204,28 +307,45 @@ class Scheduler:
         """
         if not self._ready:
             return
-        # Blocks that no running sequence's known tokens lay claim to; may be below zero.
-        room = self._pool.num_free - sum(seq.num_missing_blocks for seq in self._running)
+        room = self._room()
         num_aged = sum(seq.aged for seq in self._running)
         while (first := self._ready.first()) is not None:
             overdue = self._ready.first_overdue(now) if num_aged < self._max_aged else None
             seq = overdue if overdue is not None else first
-            if not self._fits(seq, room, len(self._running)):
+            if self._is_hopeless(seq, now):
+                self._end(seq, "timeout", _hopeless(seq))
+                continue
+            match = self._tables.match(seq)
+            if not self._fits(seq, match, room, len(self._running)):
                 seq = first
-                gained = self._displace_for(seq, room - self._kept_for(overdue, room), now)
-                if gained is None:
+                reserved = self._kept_for(overdue, room)
+                if not self._displace_for(seq, room - reserved, now):
                     return
-                room += gained
+                room, match = self._room(), self._tables.match(seq)
+                if not self._fits(seq, match, room, len(self._running)):
+                    return
             seq.aged = seq.aged or seq is overdue
             num_aged += seq.aged
-            room -= blocks_for(len(seq.tokens))
-            self._start(seq, now)
+            room -= blocks_for(len(seq.tokens)) - match.num_used
+            self._start(seq, match, now)
 
-    def _fits(self, seq: Sequence, room: int, num_running: int) -> bool:
-        return (
-            num_running < self._max_running
-            and room - blocks_for(len(seq.tokens)) >= num_running  # a block more for each of them
-        )
+    def _room(self) -> int:
+        """Blocks that no running sequence's expected tokens lay claim to; may be below zero."""
+        claimed = sum(seq.num_missing_blocks for seq in self._running)
+        return self._kv.num_available - claimed
+
+    def _fits(self, seq: Sequence, match: Match, room: int, num_running: int) -> bool:
+        needed = blocks_for(len(seq.tokens)) - match.num_used
+        # A block more for each of the running ones.
+        return num_running < self._max_running and room - needed >= num_running
+
+    def _is_hopeless(self, seq: Sequence, now: float) -> bool:
+        """Not even its first token can be there in time, by what computing has cost so far."""
+        deadline, token_seconds = seq.request.deadline, self._kv.cost.token_seconds
+        if deadline is None or token_seconds is None:
+            return False
+        num_left = len(seq.tokens) - seq.num_known_blocks * BLOCK_TOKENS
+        return now + num_left * token_seconds > deadline
 
     def _kept_for(self, overdue: Sequence | None, room: int) -> int:
         """What of `room` those that displace may not use: it is waited for by an overdue one."""
@@ -233,24 +353,29 @@ class Scheduler:
             return 0
         return min(blocks_for(len(overdue.tokens)), max(0, room - len(self._running)))
 
-    def _displace_for(self, seq: Sequence, room: int, now: float) -> int | None:
-        """Preempt just as many running sequences as `seq` needs and may displace.
-
-        Returns the room gained; None if that would not do, and then nobody was preempted.
-        """
+    def _displace_for(self, seq: Sequence, room: int, now: float) -> bool:
+        """Preempt just as many running sequences as `seq` needs and may displace; False if that
+        would not do, and then nobody was preempted."""
+        match = self._tables.match(seq)
+        seen: Counter[int] = Counter()
         gained = 0
         for count, victim in enumerate(reversed(self._running), start=1):
             if victim.aged or not self._policy.displaces(seq, victim):
-                return None
-            gained += blocks_for(len(victim.tokens))
-            if self._fits(seq, room + gained, len(self._running) - count):
+                return False
+            seen.update(victim.blocks)
+            # Only what no other one owns too comes free; what it had a claim to does as well.
+            pool = self._kv.pool
+            gained += sum(seen[block] == pool.num_owners(block) for block in victim.blocks)
+            gained += victim.num_missing_blocks
+            if self._fits(seq, match, room + gained, len(self._running) - count):
                 for _ in range(count):
                     self._preempt_last("priority", now)
-                return gained
-        return None
+                return True
+        return False
 
-    def _start(self, seq: Sequence, now: float) -> None:
+    def _start(self, seq: Sequence, match: Match, now: float) -> None:
         self._ready.remove(seq)
+        self._tables.start(seq, match)
         seq.phase = Phase.RUNNING
         seq.seconds_waited += now - seq.waiting_since
         if seq.started_at is None:
@@ -261,38 +386,50 @@ class Scheduler:
     def _keep_key(self, seq: Sequence) -> Key:
         return (not seq.aged, *self._policy.keep_key(seq))
 
-    def _place(self, sizes: list[int], now: float) -> list[Chunk]:
-        """Give blocks and a chunk of up to sizes[i] tokens to running sequence i, from the front.
+    def _goes_on(self, seq: Sequence) -> bool:
+        """It has something to compute, and is not certain to end with a token in flight."""
+        expected = seq.num_expected_tokens
+        if seq.num_scheduled_tokens >= expected:
+            return False
+        if not seq.num_pending:
+            return True
+        num_output = expected - seq.num_prompt_tokens
+        return num_output < seq.request.sampling.max_tokens and expected < self._max_context
+
+    def _place(self, going: list[Sequence], sizes: list[int], now: float) -> list[Chunk]:
+        """Give blocks and a chunk of up to sizes[i] tokens to going[i], from the front.
 
         Where blocks run out the last one is preempted, if the sequence cannot get on else. The
         last itself just sits the step out: it may go on once others have finished.
         """
         chunks = []
-        for i, size in enumerate(sizes):
-            if i == len(self._running):
+        for seq, size in zip(going, sizes, strict=True):
+            if seq.phase is not Phase.RUNNING:
                 break  # the rest was preempted
-            seq = self._running[i]
-            room = self._room_for(seq)
-            while room <= 0 and self._running[-1] is not seq:
+            self._tables.adopt(seq)
+            chunk = self._schedule(seq, size)
+            while chunk is None and self._running[-1] is not seq:
                 self._preempt_last("memory", now)
-                room = self._room_for(seq)
-            if room > 0:
-                chunks.append(self._schedule(seq, min(size, room)))
+                chunk = self._schedule(seq, size)
+            if chunk is not None:
+                chunks.append(chunk)
         return chunks
 
-    def _room_for(self, seq: Sequence) -> int:
-        """Tokens that can be scheduled for `seq` with its own blocks and the free ones."""
-        num_blocks = len(seq.blocks) + self._pool.num_free
-        return num_blocks * BLOCK_TOKENS - seq.num_scheduled_tokens
-
-    def _schedule(self, seq: Sequence, size: int) -> Chunk:
-        start = seq.num_scheduled_tokens
-        stop = start + size
-        blocks = self._pool.allocate(blocks_for(stop) - len(seq.blocks))
-        assert blocks is not None
-        seq.blocks.extend(blocks)
-        seq.num_scheduled_tokens = stop
-        return Chunk(seq.id, start, stop, tuple(blocks), stop == len(seq.tokens))
+    def _schedule(self, seq: Sequence, size: int) -> Chunk | None:
+        """None: there is no block for even one token."""
+        start, expected = seq.num_scheduled_tokens, seq.num_expected_tokens
+        stop = min(expected, start + min(size, self._tables.room_for(seq)))
+        if stop <= start:
+            return None
+        if stop < expected and stop % BLOCK_TOKENS <= (stop - start) // 8:
+            stop -= stop % BLOCK_TOKENS  # whole blocks can be taken over from others next time
+        if not self._tables.extend(seq, stop):
+            return None
+        self._shares.charge(seq.request.caller, stop - start)
+        if stop == expected:
+            seq.num_pending += 1
+        new, seq.num_told_blocks = seq.blocks[seq.num_told_blocks :], len(seq.blocks)
+        return Chunk(seq.id, start, stop, tuple(new), stop == expected)
 
     def _introduce(self, chunks: list[Chunk]) -> tuple[NewSequence, ...]:
         """What the worker must be told of sequences that it does not know or no longer knows."""
@@ -312,16 +449,15 @@ class Scheduler:
         seq = self._running.pop()
         self._take_off(seq)
         seq.phase = Phase.WAITING
-        seq.num_computed_tokens = seq.num_scheduled_tokens = 0
         seq.num_preemptions += 1
         self._num_preemptions[reason] += 1
         seq.waiting_since = now
+        self._tables.look(seq)
         self._ready.add(seq)
 
-    def _take_off(self, seq: Sequence) -> None:
+    def _take_off(self, seq: Sequence, *, spoilt: bool = False) -> None:
         """Free the blocks of a sequence that leaves the batch, and have the worker forget it."""
-        self._pool.release(seq.blocks)
-        seq.blocks.clear()
+        self._tables.release(seq, spoilt=spoilt)
         if seq.on_worker:
             seq.on_worker = False
             self._drops.append(seq.id)
@@ -331,13 +467,13 @@ class Scheduler:
     def _take_token(self, seq: Sequence, item: Sampled, now: float) -> SequenceUpdate:
         assert item.seq == seq.id, "the worker answered for another sequence"
         if item.error is not None:
-            self._finish(seq, now)
+            self._finish(seq, now, spoilt=True)
             return SequenceUpdate(seq, finish_reason="error", error=item.error)
         prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
         if seq.first_token_at is None:
             seq.first_token_at = now
             prompt_logprobs = tuple(seq.prompt_logprobs)
-        seq.tokens.append(item.token)
+        seq.append(item.token)
         reason = self._finish_reason(seq, item.token)
         if reason is not None:
             self._finish(seq, now)
@@ -358,12 +494,10 @@ class Scheduler:
             return "length"
         return None
 
-    def _finish(self, seq: Sequence, now: float) -> None:
+    def _finish(self, seq: Sequence, now: float, *, spoilt: bool = False) -> None:
         """End a running sequence; `commit` takes it out of the batch."""
-        self._take_off(seq)
-        seq.phase = Phase.FINISHED
+        self._forget(seq, spoilt=spoilt)
         seq.finished_at = now
-        del self._sequences[seq.id]
 
     def _keep_prompt_logprobs(self, part: PromptLogprobs) -> None:
         """Append those that are new: a prompt that is computed again says the same again."""
@@ -378,23 +512,46 @@ class Scheduler:
 
     # --- the invariants ----------------------------------------------------------------------
 
+    def check_counts(self) -> None:
+        """The cheap part of `check`, for a daemon at rest: O(running)."""
+        self._kv.pool.check_counts()
+        waiting = len(self._ready) + len(self._fetching)
+        assert len(self._sequences) == len(self._running) + waiting
+        assert self._running or self._kv.pool.num_used == 0, "a block is used by no sequence"
+
     def check(self) -> None:
         """Recount everything from scratch; AssertionError where a number does not hold."""
-        self._pool.check()
+        self.check_counts()
         self._ready.check()
-        assert len(self._sequences) == len(self._running) + len(self._ready)
+        self._tables.check(self._running)
         assert len(self._running) <= self._max_running
         keys = [self._keep_key(seq) for seq in self._running]
         assert keys == sorted(keys), "the batch is out of order"
-        owners = Counter(block for seq in self._running for block in seq.blocks)
-        assert len(owners) == self._pool.num_used, "a block is used by no sequence"
-        assert all(self._pool.num_owners(block) == count for block, count in owners.items())
         running = {seq.id for seq in self._running}
         for seq in self._sequences.values():
             assert (seq.phase is Phase.RUNNING) == (seq.id in running)
-            assert 0 <= seq.num_computed_tokens <= seq.num_scheduled_tokens <= seq.num_tokens
-            assert len(seq.blocks) == blocks_for(seq.num_scheduled_tokens)
+            assert 0 <= seq.num_computed_tokens <= seq.num_scheduled_tokens
+            assert seq.num_scheduled_tokens <= seq.num_expected_tokens
+            assert len(seq.key) == len(seq.tokens) * TOKEN_BYTES
+            assert 0 <= seq.num_pending <= len(self._in_flight)
             assert seq.num_scheduled_tokens == 0 or seq.phase is Phase.RUNNING
-            assert seq.on_worker == (seq.num_scheduled_tokens > 0)
-            if self._in_flight is None:
+            assert not seq.on_worker or seq.phase is Phase.RUNNING
+            if not self._in_flight:
                 assert seq.num_computed_tokens == seq.num_scheduled_tokens
+
+
+def _over(seq: Sequence) -> str:
+    assert seq.request.deadline is not None
+    seconds = seq.request.deadline - seq.request.arrival
+    made = f"{seq.num_output_tokens} of at most {seq.request.sampling.max_tokens} tokens were made"
+    doing = made if seq.started_at is not None else "the request was still waiting"
+    return f"the timeout of {seconds:g} s is over: {doing}"
+
+
+def _hopeless(seq: Sequence) -> str:
+    assert seq.request.deadline is not None
+    seconds = seq.request.deadline - seq.request.arrival
+    return (
+        f"the timeout of {seconds:g} s cannot be met: at the present speed the "
+        f"{seq.num_prompt_tokens} tokens of the prompt take longer than what is left of it"
+    )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from enum import Enum
 
+from quantd.daemon.kv.namespace import Namespace
+from quantd.daemon.kv.tree import TOKEN_BYTES, Node, Root, encode
 from quantd.daemon.types import BLOCK_TOKENS, Request, TokenLogprob
 
 
@@ -21,15 +24,17 @@ def blocks_for(num_tokens: int) -> int:
 class Sequence:
     """A request, its tokens so far and how far they are computed.
 
-    Its numbers cut the tokens into half-open ranges:
+    Its numbers cut the positions into half-open ranges:
 
         [0, num_computed)               their keys and values are in `blocks`
-        [num_computed, num_scheduled)   the step in flight computes them
-        [num_scheduled, num_tokens)     still to be planned
+        [num_computed, num_scheduled)   the steps in flight compute them
+        [num_scheduled, num_expected)   still to be planned
 
-    where num_computed <= num_scheduled <= num_tokens, and `blocks` is just enough for
-    num_scheduled. Prompt and output differ only by `num_prompt_tokens`: after preemption all three
-    ranges start again from nothing, and the output is computed again as if it were prompt.
+    where num_computed <= num_scheduled <= num_expected = num_tokens + num_pending: the last
+    `num_pending` tokens are sampled by steps in flight and not known here. `blocks` is just enough
+    for num_scheduled; the first of them are those of `node` and the nodes above it. Prompt and
+    output differ only by `num_prompt_tokens`: after preemption the ranges start again from what
+    the prefix tree has kept, and the output is computed again as if it were prompt.
 
     Made by the engine, one per request; written by the scheduler only.
     """
@@ -38,9 +43,18 @@ class Sequence:
         "id",
         "request",
         "tokens",
+        "key",
+        "num_pending",
         "num_computed_tokens",
         "num_scheduled_tokens",
         "blocks",
+        "num_told_blocks",
+        "namespace",
+        "root",
+        "node",
+        "stay",
+        "num_cached_tokens",
+        "num_known_blocks",
         "phase",
         "stop_token_ids",
         "prompt_logprobs",
@@ -60,10 +74,28 @@ class Sequence:
         self.request = request
         self.tokens = list(request.prompt)
         """Prompt and output."""
+        self.key = bytearray(encode(request.prompt))
+        """The same as the prefix tree compares it."""
+        self.num_pending = 0
+        """Tokens that plans in flight sample."""
         self.num_computed_tokens = 0
         self.num_scheduled_tokens = 0
         self.blocks: list[int] = []
         """The block of position p is blocks[p // BLOCK_TOKENS]."""
+        self.num_told_blocks = 0
+        """Those that the worker has in its table."""
+        self.namespace: Namespace | None = None
+        """In which blocks are shared; set when the scheduler takes it in."""
+        self.root: Root | None = None
+        """Set exactly while it is at work."""
+        self.node: Node | None = None
+        """The deepest node of the tree that its blocks belong to."""
+        self.stay = 0
+        """Which of its stays in the batch this is; what earlier ones sampled is dropped."""
+        self.num_cached_tokens = 0
+        """Prompt tokens that it did not have to compute in its first stay."""
+        self.num_known_blocks = 0
+        """Blocks of its beginning that were there when it joined the queue."""
         self.phase = Phase.WAITING
         self.stop_token_ids = frozenset(request.sampling.stop_token_ids)
         self.prompt_logprobs: list[TokenLogprob | None] = []
@@ -105,14 +137,18 @@ class Sequence:
         return self.tokens[self.num_prompt_tokens :]
 
     @property
-    def num_unscheduled_tokens(self) -> int:
-        """Known tokens that no plan computes yet: 1 between two decodes."""
-        return len(self.tokens) - self.num_scheduled_tokens
+    def num_expected_tokens(self) -> int:
+        """With those that plans in flight sample."""
+        return len(self.tokens) + self.num_pending
 
     @property
     def num_missing_blocks(self) -> int:
-        """Blocks it needs for its known tokens beside those it has."""
-        return blocks_for(len(self.tokens)) - len(self.blocks)
+        """Blocks it needs for its expected tokens beside those it has."""
+        return blocks_for(len(self.tokens) + self.num_pending) - len(self.blocks)
+
+    def append(self, token: int) -> None:
+        self.tokens.append(token)
+        self.key += token.to_bytes(TOKEN_BYTES, sys.byteorder)
 
     @property
     def queue_seconds(self) -> float | None:

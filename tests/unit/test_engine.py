@@ -8,13 +8,12 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
-from fakes import FakeExecutor, ManualClock, hashed_token, make_request
+from fakes import FakeExecutor, ManualClock, hashed_token, make_request, make_tables
 
 from quantd.daemon.config import SchedulerSettings
 from quantd.daemon.engine.engine import Engine
 from quantd.daemon.engine.stream import TokenStream
 from quantd.daemon.errors import ContextLengthExceeded, QueueFull, RequestError, Unavailable
-from quantd.daemon.kv.pool import BlockPool
 from quantd.daemon.scheduler.scheduler import Scheduler
 from quantd.daemon.telemetry.metrics import EngineMetrics
 from quantd.daemon.types import SamplingParams, StepPlan, TokenEvent
@@ -27,7 +26,7 @@ class Bench:
         self.clock = ManualClock(100.0)
         self.executor = FakeExecutor()
         self.scheduler = Scheduler(
-            BlockPool(self.executor.info.num_blocks),
+            make_tables(self.executor.info.num_blocks),
             SchedulerSettings(**settings),  # type: ignore[arg-type]
             self.executor.info.max_context,
         )
@@ -44,8 +43,8 @@ class Bench:
         """No request and no block is in use."""
         self.scheduler.check()
         stats = self.engine.stats()
-        assert self.engine.num_active == stats.running == stats.waiting == stats.blocks_used == 0
-        assert stats.blocks_free == stats.blocks_total
+        assert self.engine.num_active == stats.running == stats.waiting == stats.kv.used == 0
+        assert stats.kv.free + stats.kv.cached == self.executor.info.num_blocks
 
 
 @asynccontextmanager
@@ -110,7 +109,7 @@ async def test_the_next_step_is_on_its_way_before_tokens_are_read() -> None:
     async with bench() as b:
         stream = b.submit(max_tokens=3)
         await anext(stream)
-        assert len(b.executor.plans) == 2
+        assert len(b.executor.plans) == 3  # the next one, and the one that is planned ahead
 
 
 async def test_what_never_fits_is_refused() -> None:
@@ -169,9 +168,9 @@ async def test_abort_while_a_step_is_in_flight() -> None:
         b.executor.pause()
         stream = b.submit()
         await settle()
-        assert len(b.executor.plans) == 1
+        assert len(b.executor.plans) == 2
         await stream.aclose()
-        assert b.engine.stats().blocks_used == 0
+        assert b.engine.stats().kv.used == 0
         b.executor.resume()
         assert await whole(stream) == TokenEvent(finish_reason="abort")
         b.check_baseline()

@@ -57,7 +57,7 @@ def test_a_free_block_has_no_owner_to_add_or_take(wrong) -> None:  # type: ignor
 def test_check_finds_a_lost_block() -> None:
     pool = BlockPool(4)
     pool.allocate(2)
-    pool._num_owners[1] = 0
+    pool._owners[1] = 0
     with pytest.raises(AssertionError, match="free list"):
         pool.check()
 

@@ -60,7 +60,7 @@ def test_decodes_go_on_while_prompts_are_computed() -> None:
         assert plan is not None
         sizes = {chunk.seq: chunk.stop - chunk.start for chunk in plan.chunks}
         assert [sizes[seq.id] for seq in decoding] == [1, 1, 1]
-        assert sum(sizes.values()) == 32
+        assert 32 - 4 < sum(sizes.values()) <= 32  # whole blocks where that costs little
         loop.end()
 
 
@@ -97,7 +97,7 @@ def test_no_more_run_at_once_than_max_running() -> None:
         plan = loop.begin()
         assert plan is not None
         most = max(most, len(plan.chunks))
-        assert loop.scheduler.counts().running == len(plan.chunks)
+        assert loop.scheduler.num_running == len(plan.chunks)
         loop.end()
     assert most == 3
     loop.check_outputs()

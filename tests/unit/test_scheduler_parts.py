@@ -17,6 +17,7 @@ from quantd.daemon.scheduler.predict import WINDOW, OutputPredictor
 from quantd.daemon.scheduler.ready import ReadyQueue
 from quantd.daemon.scheduler.sequence import Sequence
 from quantd.daemon.scheduler.share import share_budget
+from quantd.daemon.scheduler.shares import CallerShares
 
 # --- shares ---------------------------------------------------------------------------------------
 
@@ -58,13 +59,19 @@ def sequence(seq_id: int, arrival: float, priority: int = 0) -> Sequence:
 AGING = 10.0
 
 
+def one_caller() -> CallerShares:
+    shares = CallerShares({})
+    shares.enter("")
+    return shares
+
+
 class ReadyMachine(RuleBasedStateMachine):
     """The queue against a plain list that is searched."""
 
     def __init__(self) -> None:
         super().__init__()
         self.policy = make_policy(SchedulerSettings(policy="priority"))
-        self.queue = ReadyQueue(self.policy, AGING)
+        self.queue = ReadyQueue(self.policy, AGING, one_caller())
         self.waiting: list[Sequence] = []
         self.taken: list[Sequence] = []
         self.now = 0.0
@@ -116,7 +123,7 @@ TestReadyMachine = ReadyMachine.TestCase
 
 
 def test_removed_sequences_do_not_pile_up() -> None:
-    queue = ReadyQueue(Fcfs(), math.inf)
+    queue = ReadyQueue(Fcfs(), math.inf, one_caller())
     stays = sequence(0, 0.0)
     queue.add(stays)
     for i in range(1, 5000):
@@ -124,7 +131,7 @@ def test_removed_sequences_do_not_pile_up() -> None:
         queue.add(seq)
         queue.remove(seq)
     assert len(queue._by_due_time._heap) < 50
-    assert len(queue._by_policy._heap) < 50
+    assert len(queue._by_caller[""]._heap) < 50
     assert queue.first() is stays
 
 
@@ -161,11 +168,11 @@ def test_work_left_shrinks_with_what_is_done() -> None:
     predictor.observe(finished("a", 20))
     seq = waiting("a", 1000, num_prompt_tokens=100)
     assert predictor.work_left(seq) == 120
-    seq.num_computed_tokens = 90
-    assert predictor.work_left(seq) == 30
+    seq.num_known_blocks = 5
+    assert predictor.work_left(seq) == 40
     seq.tokens.extend([7] * 25)
-    seq.num_computed_tokens = 124
-    assert predictor.work_left(seq) == 2  # one known token, and at least one to come
+    seq.num_known_blocks = 7
+    assert predictor.work_left(seq) == 14  # 13 tokens without a block, and at least one to come
 
 
 def test_the_estimate_follows_a_change() -> None:

@@ -122,7 +122,7 @@ def test_a_smaller_number_starts_at_once_in_a_full_batch() -> None:
         loop.step()
     urgent = loop.add(10, max_tokens=20, priority=1)
     assert [update.seq for update in loop.step()] == [urgent, low[0], low[1]]
-    assert loop.scheduler.counts().preemptions == {"memory": 0, "priority": 1}
+    assert loop.scheduler.preemptions == {"memory": 0, "priority": 1}
     assert [seq.num_preemptions for seq in low] == [0, 0, 1]  # the larger number, the later one
     loop.run()
     loop.check_outputs()
@@ -135,7 +135,7 @@ def test_equal_numbers_never_displace_each_other() -> None:
         loop.clock.advance(1)
         loop.step()
     loop.run()
-    assert loop.scheduler.counts().preemptions == {"memory": 0, "priority": 0}
+    assert loop.scheduler.preemptions == {"memory": 0, "priority": 0}
     assert start_order(loop) == list(range(20))
 
 
@@ -193,7 +193,7 @@ def test_it_displaces_nobody_where_that_would_not_be_enough() -> None:
     loop.step()
     assert {equal.phase, low.phase} == {Phase.RUNNING}
     loop.run()
-    assert loop.scheduler.counts().preemptions == {"memory": 0, "priority": 0}
+    assert loop.scheduler.preemptions == {"memory": 0, "priority": 0}
     loop.check_outputs()
 
 
@@ -250,11 +250,11 @@ def test_room_that_an_overdue_one_waits_for_is_not_taken_by_others() -> None:
     overdue = loop.add(16 * 24, max_tokens=2, priority=9)
     loop.step()
     loop.clock.advance(6)
-    free = loop.pool.num_free
+    free = loop.kv.num_available
     urgent = loop.add(16 * 8, max_tokens=8, priority=0)
     loop.step()
     assert (overdue.phase, urgent.phase) == (Phase.WAITING, Phase.RUNNING)
-    assert (sum(loop.scheduler.counts().preemptions.values()), loop.pool.num_free) == (2, free)
+    assert (sum(loop.scheduler.preemptions.values()), loop.kv.num_available) == (2, free)
     loop.run()
     loop.check_outputs()
 

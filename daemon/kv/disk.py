@@ -1,0 +1,104 @@
+"""The third tier as the control plane sees it: which blocks lie in files, and which go next.
+
+A file's name is a digest of its namespace and of all tokens up to the block's end, so it means the
+same after a restart. The worker checks when it reads that a file holds what its name says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from quantd.daemon.kv.tree import Node
+from quantd.daemon.types import DiskOp
+
+
+def chain(digest: bytes, key: bytes) -> bytes:
+    """The name of the block `key` behind the one called `digest`."""
+    return hashlib.blake2b(key, key=digest, digest_size=32, person=b"quantd-kv-block").digest()
+
+
+def digest_of(node: Node) -> bytes:
+    """The name of a node's block, of 32 bytes; kept in the node."""
+    missing: list[Node] = []
+    at = node
+    while at.digest is None:
+        assert at.parent is not None, "a root has its digest from its namespace"
+        missing.append(at)
+        at = at.parent
+    digest = at.digest
+    for below in reversed(missing):
+        digest = below.digest = chain(digest, below.key)
+    return digest
+
+
+class DiskIndex:
+    """Names of files, least recently used first, within a budget. Moves no bytes: what is to be
+    done stands in `ops`, which go out with the next plan."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self._budget_bytes = budget_bytes
+        self._file_bytes = 0
+        self._files: OrderedDict[bytes, bool] = OrderedDict()
+        """name -> whether it is complete."""
+        self.ops: list[DiskOp] = []
+        self.problem: str | None = None
+        """Why nothing is written any more. Reads that fail only forget their file."""
+
+    @property
+    def capacity(self) -> int:
+        """Files that the budget allows; 0 until the folder was looked through."""
+        return self._budget_bytes // self._file_bytes if self._file_bytes else 0
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __contains__(self, name: bytes) -> bool:
+        """It can be read."""
+        return self._files.get(name, False)
+
+    def open(self, names: Iterable[bytes], file_bytes: int) -> None:
+        """What the folder holds, oldest first."""
+        self._file_bytes = file_bytes
+        for name in names:
+            self._files[name] = True
+        self._keep_budget()
+
+    def write(self, name: bytes, place: int) -> bool:
+        """Begin to write, unless it is there; False: nothing was begun."""
+        if self.problem is not None or name in self._files or self.capacity == 0:
+            return False
+        self._files[name] = False
+        self.ops.append(DiskOp("write", name, place))
+        self._keep_budget()
+        return True
+
+    def written(self, name: bytes, error: str | None) -> None:
+        if error is None:
+            if name in self._files:
+                self._files[name] = True
+        else:
+            self._files.pop(name, None)
+            self.problem = error
+
+    def read(self, name: bytes, place: int) -> None:
+        assert name in self
+        self._files.move_to_end(name)
+        self.ops.append(DiskOp("read", name, place))
+
+    def unreadable(self, name: bytes) -> None:
+        """The worker has found the file to be wrong or gone, and removed it."""
+        self._files.pop(name, None)
+
+    def _keep_budget(self) -> None:
+        while len(self._files) > self.capacity:
+            oldest = next((name for name, complete in self._files.items() if complete), None)
+            if oldest is None:
+                return
+            del self._files[oldest]
+            self.ops.append(DiskOp("remove", oldest))
+
+    def check(self) -> None:
+        writing = sum(not complete for complete in self._files.values())
+        assert len(self._files) <= self.capacity + writing

@@ -1,0 +1,172 @@
+"""Block tables: what a sequence holds of the KV cache, and what it shares there."""
+
+from __future__ import annotations
+
+import msgspec
+
+from quantd.daemon.kv.cache import KvCache, Match
+from quantd.daemon.kv.namespace import Namespace
+from quantd.daemon.kv.tree import KEY_BYTES
+from quantd.daemon.scheduler.sequence import Sequence, blocks_for
+from quantd.daemon.types import BLOCK_TOKENS, Rebind
+
+
+class BlockTables:
+    """The only hand that changes `Sequence.blocks`, `root` and `node`.
+
+    A full block whose tokens are known goes into the tree as soon as a plan computes it, so another
+    sequence may use it in the same plan: the worker writes a layer's keys and values of the whole
+    batch before any attention reads them. A block that holds a token which is not known yet, or is
+    only partly filled, belongs to its sequence alone.
+    """
+
+    def __init__(self, kv: KvCache, revision: str, share: bool = True) -> None:
+        """`share`: False keeps every sequence's blocks to itself."""
+        self.kv = kv
+        self._namespace = Namespace(revision=revision)
+        self._share = share
+        self._rebinds: list[tuple[Sequence, int, Rebind]] = []
+
+    def enter(self, seq: Sequence) -> None:
+        """A sequence is taken in: where its blocks belong, and how many are there already."""
+        salt = seq.request.cache_salt
+        alone = 0 if self._share else seq.id + 1
+        seq.namespace = (
+            msgspec.structs.replace(self._namespace, salt=salt, alone=alone)
+            if salt or alone
+            else self._namespace
+        )
+        self.look(seq)
+
+    def look(self, seq: Sequence) -> None:
+        """How much of it is known, for whoever ranks by the work that is left."""
+        seq.num_known_blocks = self.match(seq).num_blocks
+
+    def match(self, seq: Sequence) -> Match:
+        """What of its known tokens can be taken over."""
+        if not _takes_over(seq):
+            return Match(None, 0, 0, 0)
+        assert seq.namespace is not None
+        return self.kv.match(seq.namespace, seq.key, len(seq.tokens) // BLOCK_TOKENS)
+
+    def start(self, seq: Sequence, match: Match) -> None:
+        """It gets what was matched, but for the last token, which must be computed to go on."""
+        assert seq.namespace is not None and not seq.blocks
+        seq.root, node, seq.blocks = self.kv.start(seq.namespace, match)
+        seq.num_scheduled_tokens = len(seq.blocks) * BLOCK_TOKENS
+        seq.node = node
+        if seq.num_scheduled_tokens == len(seq.tokens):
+            # The last block would be written to, by the one token that is computed: into a copy.
+            copy = self.kv.copy_on_write(node)
+            seq.blocks.pop()
+            self.kv.give_back(node)
+            seq.num_scheduled_tokens -= BLOCK_TOKENS
+            seq.node = node.parent
+            if copy is not None:
+                seq.blocks.append(copy)
+                seq.num_scheduled_tokens = len(seq.tokens) - 1
+        seq.num_computed_tokens = seq.num_scheduled_tokens
+        self._count_cached(seq, seq.num_scheduled_tokens)
+
+    def adopt(self, seq: Sequence) -> None:
+        """Take over what others have computed since, or compute in this plan."""
+        if not _takes_over(seq):
+            return
+        assert seq.node is not None
+        while seq.num_scheduled_tokens + BLOCK_TOKENS < len(seq.tokens):
+            if seq.node.depth * BLOCK_TOKENS != seq.num_scheduled_tokens:
+                break
+            start = seq.node.depth * KEY_BYTES
+            node = self.kv.adopt_next(seq.node, bytes(seq.key[start : start + KEY_BYTES]))
+            if node is None:
+                break
+            seq.blocks.append(node.block)
+            seq.node = node
+            seq.num_scheduled_tokens += BLOCK_TOKENS
+            self._count_cached(seq, BLOCK_TOKENS)
+
+    def room_for(self, seq: Sequence) -> int:
+        """Tokens that can be scheduled with its own blocks and those that can be had."""
+        num_blocks = len(seq.blocks) + max(0, self.kv.num_available)
+        return num_blocks * BLOCK_TOKENS - seq.num_scheduled_tokens
+
+    def extend(self, seq: Sequence, stop: int) -> bool:
+        """Blocks for the positions up to `stop`, which are then scheduled; False: there are not
+        enough, and nothing has changed for the sequence."""
+        blocks = self.kv.allocate(blocks_for(stop) - len(seq.blocks))
+        if blocks is None:
+            return False
+        seq.blocks += blocks
+        seq.num_scheduled_tokens = stop
+        self.publish(seq, merge=False)
+        return True
+
+    def publish(self, seq: Sequence, *, merge: bool) -> None:
+        """Its full blocks of known tokens become known to the tree.
+
+        Where an equal one is there already the sequence goes over to that one with the next plan
+        and gives its own back; without `merge`, while a plan is made that writes to the own one, it
+        waits for `commit` to call again.
+        """
+        assert seq.node is not None
+        full = min(seq.num_scheduled_tokens, len(seq.tokens)) // BLOCK_TOKENS
+        while (depth := seq.node.depth) < full:
+            key = bytes(seq.key[depth * KEY_BYTES : (depth + 1) * KEY_BYTES])
+            own = seq.blocks[depth]
+            if not merge:
+                child = seq.node.child(key)
+                if child is not None and child.block >= 0:
+                    return
+            seq.node = self.kv.insert(seq.node, key, own)
+            if seq.node.block != own:
+                seq.blocks[depth] = seq.node.block
+                self._rebinds.append((seq, seq.stay, Rebind(seq.id, depth, seq.node.block)))
+
+    def release(self, seq: Sequence, *, spoilt: bool = False) -> None:
+        """It leaves the batch. `spoilt`: what it computed must not be used by others."""
+        assert seq.root is not None and seq.node is not None
+        node, root = seq.node, seq.root
+        self.kv.release(root, node, seq.blocks)
+        if spoilt:
+            self.kv.discard(node)
+        seq.blocks = []
+        seq.root = seq.node = None
+        seq.num_computed_tokens = seq.num_scheduled_tokens = 0
+        seq.num_pending = seq.num_told_blocks = 0
+        seq.stay += 1
+
+    def leave(self, seq: Sequence) -> None:
+        """It has ended. What nobody else may use is forgotten."""
+        assert seq.namespace is not None and seq.root is None
+        if not self._share:
+            self.kv.drop(self.kv.tree.root(seq.namespace))
+
+    def take_rebinds(self) -> tuple[Rebind, ...]:
+        rebinds, self._rebinds = self._rebinds, []
+        return tuple(rebind for seq, stay, rebind in rebinds if seq.on_worker and seq.stay == stay)
+
+    def _count_cached(self, seq: Sequence, num_tokens: int) -> None:
+        if seq.num_preemptions == 0 and seq.first_token_at is None:
+            seq.num_cached_tokens += num_tokens
+
+    def check(self, running: list[Sequence]) -> None:
+        """Blocks are owned by running sequences alone, and what they share the tree knows."""
+        self.kv.check()
+        owners: dict[int, int] = {}
+        for seq in running:
+            assert seq.root is not None and seq.node is not None
+            path = seq.node.path()
+            assert seq.blocks[: len(path)] == [node.block for node in path]
+            assert b"".join(node.key for node in path) == seq.key[: len(path) * KEY_BYTES]
+            assert len(seq.blocks) == blocks_for(seq.num_scheduled_tokens)
+            for block in seq.blocks:
+                owners[block] = owners.get(block, 0) + 1
+            for block in seq.blocks[len(path) :]:
+                assert owners[block] == 1 and not self.kv.pool.is_held(block), "not its own"
+        assert len(owners) == self.kv.pool.num_used, "a block is used by no sequence"
+        assert all(self.kv.pool.num_owners(block) == n for block, n in owners.items())
+
+
+def _takes_over(seq: Sequence) -> bool:
+    """Log-probabilities of the prompt need every position computed."""
+    return seq.request.sampling.prompt_logprobs is None
