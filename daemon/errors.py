@@ -11,7 +11,8 @@ QuantdError
 │   ├── Forbidden               Host, Origin or peer refused                   403
 │   ├── Conflict                                                               409
 │   ├── BodyTooLarge                                                           413
-│   └── QueueFull               over the queue's bound; has Retry-After        429
+│   ├── QueueFull               over the queue's bound; has Retry-After        429
+│   └── DeadlineExceeded        its own timeout is over; no retry              422
 ├── Unavailable                 loading failed, draining, worker died          503
 │   └── ModelRefused            the checkpoint is not understood; no retry     503
 └── InternalError               our bug                                        500
@@ -108,6 +109,15 @@ class QueueFull(RequestError):
     status = 429
     type = "rate_limit_error"
     code = "queue_full"
+
+
+class DeadlineExceeded(RequestError):
+    """The request's own `timeout` is over. Not 408 or 504: clients send those again by themselves,
+    and nobody waits for the answer any more."""
+
+    status = 422
+    type = "timeout_error"
+    code = "deadline_exceeded"
 
 
 class Unavailable(QuantdError):

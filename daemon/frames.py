@@ -11,6 +11,7 @@ is no way to find the start of the next frame.
 from __future__ import annotations
 
 import socket
+import threading
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -87,16 +88,21 @@ class FrameDecoder(Generic[Message]):
 
 
 class FrameSocket(Generic[Message]):
-    """A blocking socket that speaks frames: the worker's end. `Message` is what it receives."""
+    """A blocking socket that speaks frames: the worker's end. `Message` is what it receives.
+
+    Any thread may send; one receives.
+    """
 
     def __init__(self, sock: socket.socket, receives: Any) -> None:
         self._socket = sock
         self._encoder = FrameEncoder()
+        self._sending = threading.Lock()
         self._decoder: FrameDecoder[Message] = FrameDecoder(receives)
 
     def send(self, message: ToWorker | FromWorker) -> None:
         """Returns when the kernel has all of it. Raises OSError when the other end is gone."""
-        self._socket.sendall(self._encoder.encode(message))
+        with self._sending:
+            self._socket.sendall(self._encoder.encode(message))
 
     def receive(self) -> Message | None:
         """Blocks for the next message; None when the other end is closed, also within a frame."""

@@ -262,7 +262,6 @@ def _sample(status: ModelStatus) -> ModelSample:
         state=status.state,
         requests_running=stats.running,
         requests_waiting=stats.waiting,
-        blocks_free=stats.blocks_free,
-        blocks_used=stats.blocks_used,
+        kv=stats.kv,
         preemptions=stats.preemptions,
     )

@@ -29,7 +29,7 @@ from quantd.kernels.cpu.linear import (
 )
 from quantd.kernels.cpu.native import DTYPES, Native
 from quantd.kernels.grouped import GroupedCodes
-from quantd.kernels.reference import Activation, copy_blocks, dequantize_grouped, route_experts
+from quantd.kernels.reference import Activation, dequantize_grouped, route_experts
 
 __all__ = [
     "BLOCK_SIZE",
@@ -40,10 +40,10 @@ __all__ = [
     "LinearWeight",
     "act_and_mul",
     "add_rms_norm",
-    "copy_blocks",
     "dequantize_grouped",
     "grouped_linear",
     "grouped_route",
+    "identity",
     "join_grouped",
     "linear",
     "notes",
@@ -147,6 +147,14 @@ def paged_attention(
     if lib is None or q.shape[2] % 16:
         return reference.paged_attention(q, k_pool, v_pool, batch, scale, window, softcap, sinks)
     return lib.paged_attention(q, k_pool, v_pool, batch, scale, window, softcap, sinks)
+
+
+def identity() -> tuple[str, ...]:
+    """What may decide the last bits of a result on this machine: the library's build and level."""
+    library = open_library()
+    if not isinstance(library, Library):
+        return ("plain torch",)
+    return library.best_level, library.handle.quantd_sources().decode()
 
 
 def notes() -> tuple[str, ...]:

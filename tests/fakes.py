@@ -465,6 +465,12 @@ class StepLoop:
             self.step()
         raise AssertionError(f"not done after {max_steps} steps")
 
+    def save(self) -> None:
+        """What an engine at rest does: everything that is cached goes to disk."""
+        while self.kv.save():
+            assert self.begin() is not None
+            self.end()
+
     def reasons(self) -> dict[int, FinishReason]:
         return {
             update.seq.id: update.finish_reason

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
+from fakes import make_tables
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from quantd.daemon.config import ServerSettings
-from quantd.daemon.engine.engine import EngineStats
+from quantd.daemon.engine.stats import EngineStats, RequestState
 from quantd.daemon.engine.stream import Leaving, TokenStream
 from quantd.daemon.errors import ModelNotFound, QuantdError
 from quantd.daemon.fleet import ModelStatus
@@ -145,6 +146,28 @@ def push_prompt(request: Request, stream: TokenStream) -> None:
         stream.push((), (), [None, *(logprob_of(token, k) for token in request.prompt[1:])])
 
 
+class IdleEngine:
+    """What the administrator sees of an engine at rest."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def stats(self) -> EngineStats:
+        kv = make_tables(8).kv.stats()
+        return EngineStats(0, 0, kv, {"memory": 0, "priority": 0}, 0, 0, 0, 0, 0)
+
+    def requests(self) -> list[RequestState]:
+        return [
+            RequestState("r-1", "", "decode", 0, 5, 0, 7, 3, 9, 1, 0, 2.5, 0.5),
+        ]
+
+    def resize(self, kv_bytes: int) -> None:
+        self.calls.append(f"resize {kv_bytes}")
+
+    def shrink(self) -> None:
+        self.calls.append("shrink")
+
+
 @dataclass
 class FakeLease:
     name: str
@@ -170,6 +193,7 @@ class FakeFleet:
     """One model, "org/tiny", with the alias "tiny"."""
 
     engine: FakeEngine = field(default_factory=FakeEngine)
+    idle: IdleEngine = field(default_factory=IdleEngine)
     text: TextModel = field(default_factory=byte_text_model)
     info: ModelInfo = field(default_factory=fake_info)
     is_ready: bool = True
@@ -197,7 +221,7 @@ class FakeFleet:
         return FakeLease(name, self.info, self.engine, self.text, self)
 
     def models(self) -> list[ModelStatus]:
-        stats = EngineStats(*(0 for _ in EngineStats._fields))
+        stats = self.idle.stats()
         return [
             ModelStatus(
                 name="org/tiny",
@@ -216,6 +240,13 @@ class FakeFleet:
                 stats=stats,
             )
         ]
+
+    def loaded(self) -> list[str]:
+        return ["org/tiny"]
+
+    def engine_of(self, name: str) -> IdleEngine:
+        self.resolve(name)
+        return self.idle
 
     def ready(self) -> bool:
         return self.is_ready

@@ -41,8 +41,9 @@ def _row(model: dict[str, Any]) -> list[str]:
     if info is not None:
         row[2], row[5] = size(info["weight_bytes"]), info["device"]
     if info is not None and stats is not None:
-        pool = size(stats["blocks_total"] * info["block_bytes"])
-        row[3] = f"{size(stats['blocks_used'] * info['block_bytes'])} of {pool}"
+        kv = stats["kv"]
+        pool = size((kv["free"] + kv["used"] + kv["cached"]) * kv["block_bytes"])
+        row[3] = f"{size(kv['used'] * kv['block_bytes'])} of {pool}"
         row[6:] = str(stats["running"]), str(stats["waiting"])
     return row
 

@@ -121,6 +121,17 @@ def flag(section: str, name: str) -> str:
     return "--" + (f"log-{name}" if section == "log" else name.replace("_", "-"))
 
 
+def check_tiers(models: Mapping[str, ModelSettings], origin: Mapping[str, str]) -> None:
+    """Blocks reach the disk by way of the host's memory."""
+    for name, model in models.items():
+        if model.disk_kv_path is not None and model.host_kv_bytes == 0:
+            where = origin.get(f"models.{name}.disk_kv_path", "--disk-kv-path")
+            raise ConfigError(
+                f"{where}: models.{name}.disk_kv_path = {_toml(str(model.disk_kv_path))}: needs "
+                f"models.{name}.host_kv_bytes above 0, which is 0"
+            )
+
+
 def check_names(models: Mapping[str, ModelSettings], origin: Mapping[str, str]) -> None:
     """No two models answer to one name."""
     owner: dict[str, str] = {name: name for name in models}
@@ -245,6 +256,7 @@ def _models(
             raise ConfigError(f"{where}: {_dotted(path)}: `path` is missing")
         models[name] = build(ModelSettings, f"models.{name}", written, origin, {"name": name})
     check_names(models, origin)
+    check_tiers(models, origin)
     return models
 
 

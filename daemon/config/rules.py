@@ -223,6 +223,36 @@ class Texts(Rule):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Weights(Rule):
+    """A table of names and numbers above 0; on a command line "NAME=2,OTHER=0.5"."""
+
+    @property
+    def allowed(self) -> str:
+        return "a table of names and numbers above 0 and at most 1e6, like { alice = 2 }"
+
+    def read(self, value: object, folder: Path) -> object:
+        if not isinstance(value, dict):
+            raise ValueError(self.allowed)
+        for name, weight in value.items():
+            number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+            if not name or not number or not 0 < weight <= 1e6:
+                raise ValueError(self.allowed)
+        return {name: float(weight) for name, weight in value.items()}
+
+    def read_text(self, text: str, folder: Path) -> object:
+        pairs = [part.partition("=") for part in text.split(",")] if text else []
+        try:
+            return self.read({name.strip(): float(weight) for name, _, weight in pairs}, folder)
+        except ValueError:
+            raise ValueError(self.allowed) from None
+
+    def show(self, value: object) -> str:
+        assert isinstance(value, dict)
+        pairs = ", ".join(f"{Rule.show(self, name)} = {w:.10g}" for name, w in value.items())
+        return "{ " + pairs + " }" if pairs else "{}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FilePath(Rule):
     """A path; `~` is the home folder.
 

@@ -24,6 +24,7 @@ from quantd.daemon.config.rules import (
     SocketPath,
     Text,
     Texts,
+    Weights,
 )
 
 DAY = 86400.0
@@ -133,7 +134,11 @@ class SchedulerSettings:
         Flag(),
         "plan the next step while one runs",
     ] = True
-    caller_weights: Mapping[str, float] = field(default_factory=dict)
+    caller_weights: Annotated[
+        Mapping[str, float],
+        Weights(),
+        "shares of the API keys' names under load, e.g. { alice = 2 }; all others have 1",
+    ] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,14 +172,24 @@ class ModelSettings:
     ] = None
     kv_bytes: Annotated[
         int | None,
-        Size(low=1 << 20, auto=True),
-        'budget for KV blocks; "auto": from the memory that is there',
+        Size(low=1 << 20, auto=True, live=True),
+        'budget for KV blocks; "auto": from the memory that is there (live between sizes)',
     ] = None
     host_kv_bytes: Annotated[
         int,
         Size(low=0),
-        "host memory for KV blocks that left the device; 0: none",
+        "memory for KV blocks that had to leave the pool and may come back; 0: none",
     ] = 0
+    disk_kv_path: Annotated[
+        Path | None,
+        FilePath(optional=True),
+        'folder for KV blocks that survive a restart; needs host_kv_bytes; "": none',
+    ] = None
+    disk_kv_bytes: Annotated[
+        int,
+        Size(low=1 << 20),
+        "most bytes of files in that folder",
+    ] = 8 << 30
     prefix_cache: Annotated[
         bool,
         Flag(),

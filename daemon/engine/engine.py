@@ -205,7 +205,8 @@ class Engine:
             if plan is not None and scheduler.may_plan:
                 continue
             if not flights:
-                await self._rest()
+                if not scheduler.kv.save():
+                    await self._rest()
                 continue
             plan, running = flights.popleft()
             result = await running

@@ -20,6 +20,7 @@ from quantd.daemon.types import (
     LoadModel,
     LoadProgress,
     ModelInfo,
+    ReleaseMemory,
     StepPlan,
     StepResult,
     ToWorker,
@@ -36,6 +37,7 @@ _LAST_WORDS_SECONDS = 1.0
 """How long frames and lines may still be read from a worker that has ended."""
 
 OnProgress = Callable[[LoadProgress], None]
+OnDisk = Callable[[DiskDone | DiskIndex], None]
 
 
 class Executor(Protocol):
@@ -53,8 +55,13 @@ class Executor(Protocol):
         """
         ...
 
-    on_disk: Callable[[DiskDone | DiskIndex], None] | None
-    """Where the disk tier's news go; what came before it was set comes then."""
+    @property
+    def on_disk(self) -> OnDisk | None:
+        """Where the disk tier's news go; what came before it was set comes then."""
+        ...
+
+    @on_disk.setter
+    def on_disk(self, listener: OnDisk | None) -> None: ...
 
     def release_memory(self, blocks: Sequence[tuple[int, int]]) -> None:
         """Tells the worker that nobody needs the bytes of these ranges of blocks."""
@@ -79,6 +86,9 @@ class WorkerExecutor:
         self._failure: tuple[type[Unavailable], str] | None = None
         self._died: asyncio.Future[str] = loop.create_future()
         self._watcher = loop.create_task(self._watch())
+        self._on_disk: OnDisk | None = None
+        self._early: list[DiskDone | DiskIndex] = []
+        """What came before anybody listened."""
 
     @classmethod
     async def start(
@@ -122,6 +132,23 @@ class WorkerExecutor:
         process is reaped."""
         return self._died
 
+    @property
+    def on_disk(self) -> OnDisk | None:
+        return self._on_disk
+
+    @on_disk.setter
+    def on_disk(self, listener: OnDisk | None) -> None:
+        self._on_disk = listener
+        early, self._early = self._early, []
+        if listener is not None:
+            for message in early:
+                listener(message)
+
+    def release_memory(self, blocks: Sequence[tuple[int, int]]) -> None:
+        """See `Executor`. No effect when the worker is gone."""
+        if self._failure is None and blocks:
+            self._wire.send(ReleaseMemory(tuple(blocks)))
+
     def execute(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """See `Executor`. Several plans may be outstanding; they answer in order."""
         if self._failure is not None:
@@ -148,6 +175,11 @@ class WorkerExecutor:
                 raise FrameError(f"the result of step {message.step} came for step {step}")
             if not future.done():
                 future.set_result(message)
+        elif isinstance(message, DiskDone | DiskIndex) and self._loaded.done():
+            if self._on_disk is None:
+                self._early.append(message)
+            else:
+                self._on_disk(message)
         elif isinstance(message, LoadProgress) and not self._loaded.done():
             on_progress(message)
         elif isinstance(message, ModelInfo) and not self._loaded.done():

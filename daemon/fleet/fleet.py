@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable, Mapping
 
 from quantd.daemon.config import ModelSettings, Settings
+from quantd.daemon.engine.engine import Engine
 from quantd.daemon.engine.executor import WorkerExecutor
 from quantd.daemon.errors import ModelNotFound, Unavailable
 from quantd.daemon.fleet.lease import Lease
@@ -88,6 +89,19 @@ class Fleet:
     def models(self) -> list[ModelStatus]:
         """In the order of the configuration."""
         return [model.status() for model in self._models.values()]
+
+    def loaded(self) -> list[str]:
+        """The names of the models in memory."""
+        return [name for name, model in self._models.items() if model.engine is not None]
+
+    def engine_of(self, name: str) -> Engine:
+        """Of a model in memory, for a look or a change that waits for nothing. Raises
+        `ModelNotFound`, and `Unavailable` when it is not in memory."""
+        resolved = self.resolve(name)
+        engine = self._models[resolved].engine
+        if engine is None:
+            raise Unavailable(f"model {resolved!r} is not in memory")
+        return engine
 
     def ready(self) -> bool:
         """Every model that is to be preloaded has been, and none has failed."""

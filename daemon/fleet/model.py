@@ -11,8 +11,9 @@ from typing import Literal, NamedTuple
 import structlog
 
 from quantd.daemon.config import ModelSettings
+from quantd.daemon.engine.engine import Engine
 from quantd.daemon.engine.stats import EngineStats
-from quantd.daemon.errors import ModelRefused, Unavailable
+from quantd.daemon.errors import ModelRefused, RequestError, Unavailable
 from quantd.daemon.fleet.lease import Lease
 from quantd.daemon.fleet.resident import Loader, Resident
 from quantd.daemon.types import LoadProgress, ModelInfo
@@ -116,6 +117,11 @@ class Model:
     def state(self) -> State:
         return self._state
 
+    @property
+    def engine(self) -> Engine | None:
+        """None: it is not in memory."""
+        return None if self._resident is None else self._resident.engine
+
     def status(self) -> ModelStatus:
         resident, loading = self._resident, self._state == "loading"
         total = self._progress.total_bytes
@@ -195,12 +201,28 @@ class Model:
         same = replace(
             settings, keep_alive=mine.keep_alive, preload=mine.preload, aliases=mine.aliases
         )
+        resized = settings.kv_bytes != mine.kv_bytes
+        if resized and settings.kv_bytes is not None and mine.kv_bytes is not None:
+            same = replace(same, kv_bytes=mine.kv_bytes)
         if same != mine:
+            return False
+        if resized and not self._resize(settings.kv_bytes):
             return False
         self.settings = settings
         if self._num_leases == 0:
             self._stop_idle_timer()
             self._start_idle_timer()
+        return True
+
+    def _resize(self, kv_bytes: int | None) -> bool:
+        """False: only loading it again can do that."""
+        if self._resident is None or kv_bytes is None:
+            return self._state == "cold"
+        try:
+            self._resident.engine.resize(kv_bytes)
+        except RequestError as error:
+            _log.warning("kv_bytes needs a load", model=self.name, reason=str(error))
+            return False
         return True
 
     def preload(self) -> None:

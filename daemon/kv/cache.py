@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import NamedTuple
 
 from quantd.daemon.kv.cost import CostModel
@@ -71,9 +72,11 @@ class KvCache:
         self._sent: dict[int, int] = {}
         """Plan -> fetches and spills in it, for their time."""
         self._by_place: dict[int, Node] = {}
+        self._unsaved: deque[Node] = deque()
+        """Nodes that may not be on disk yet, parents before children."""
         self._writing: dict[bytes, int] = {}
         """File -> place that is being written to it."""
-        self.num_spilled = dict.fromkeys(DIRECTIONS, 0)
+        self.num_moved = dict.fromkeys(DIRECTIONS, 0)
         self.num_fetches = self.num_recomputes = 0
 
     # --- blocks of sequences -----------------------------------------------------------------
@@ -160,6 +163,8 @@ class KvCache:
             self.pool.retain((child.block,))
             self.pool.release((block,))
             return child
+        if self.disk is not None:
+            self._unsaved.append(child)
         child.block, child.step = block, self.step
         self.pool.hold(block)
         parent.num_device_children += 1
@@ -212,6 +217,29 @@ class KvCache:
         while self._evict():
             pass
 
+    def save(self) -> bool:
+        """Begin to write to disk what is only in memory, as far as there are places for it. To be
+        called when there is nothing else to do: leaves are given up first, so without it the
+        beginnings, which a new process needs first, would reach the disk last. True: there are
+        orders for a plan."""
+        disk, host = self.disk, self.host
+        if disk is None or host is None or disk.problem is not None:
+            self._unsaved.clear()
+            return False
+        while self._unsaved and self._may_write:
+            node = self._unsaved[0]
+            if node.block != NONE and digest_of(node) not in disk and node.place == NONE:
+                place = self.take_place()
+                if place is None:
+                    break
+                self._copies.append(BlockCopy("spill", node.block, place))
+                self.num_moved["out", "host"] += 1
+                self.put(node, place)
+            if node.place != NONE:
+                self._write(node)
+            self._unsaved.popleft()
+        return self.has_orders
+
     # --- what the worker has to do -----------------------------------------------------------
 
     def take_copies(self) -> tuple[BlockCopy, ...]:
@@ -246,7 +274,7 @@ class KvCache:
             return self.reads.done(done)
         place = self._writing.pop(done.key)
         self.disk.written(done.key, done.error)
-        self.num_spilled["out", "disk"] += done.error is None
+        self.num_moved["out", "disk"] += done.error is None
         self.host.release((place,))
         node = self._by_place.get(place)
         if node is not None:
@@ -267,7 +295,7 @@ class KvCache:
             host_cached=in_host,
             disk_free=max(0, capacity - in_disk),
             disk_cached=in_disk,
-            spilled_blocks=dict(self.num_spilled),
+            moved_blocks={f"{way}_{tier}": n for (way, tier), n in self.num_moved.items()},
             fetches=self.num_fetches,
             recomputes=self.num_recomputes,
             nodes=self.tree.num_nodes,
@@ -293,6 +321,11 @@ class KvCache:
         node.place = place
         self._by_place[place] = node
         self._offer(node)
+
+    @property
+    def _may_write(self) -> bool:
+        assert self.host is not None
+        return len(self._writing) * _WRITING_SHARE < self.host.limit
 
     def _may_leave_device(self, node: Node) -> bool:
         return (
@@ -325,7 +358,7 @@ class KvCache:
             place = self.take_place()
             if place is not None:
                 self._copies.append(BlockCopy("spill", node.block, place))
-                self.num_spilled["out", "host"] += 1
+                self.num_moved["out", "host"] += 1
                 self.put(node, place)
                 self._write(node)
         self._leave_device(node)
@@ -352,7 +385,7 @@ class KvCache:
             node.parent.num_device_children += 1
             self.pool.hold(node.block)
             self._copies.append(BlockCopy("fetch", node.place, node.block))
-            self.num_spilled["in", "host"] += 1
+            self.num_moved["in", "host"] += 1
             fetched.append(node)
         self.host.release(places)
         for node in spilled:
@@ -391,7 +424,7 @@ class KvCache:
     def _write(self, node: Node) -> None:
         """Begin to write a spilled block to disk, which owns its place until that is done."""
         assert self.host is not None
-        if self.disk is None or len(self._writing) * _WRITING_SHARE >= self.host.limit:
+        if self.disk is None or not self._may_write:
             return
         name = digest_of(node)
         if self.disk.write(name, node.place):

@@ -47,7 +47,7 @@ class CostModel:
     def _cheaper(self, block_seconds: float | None) -> bool:
         if block_seconds is None or self.token_seconds is None:
             return True
-        return block_seconds < self.token_seconds * BLOCK_TOKENS
+        return block_seconds <= self.token_seconds * BLOCK_TOKENS
 
 
 def _mean(old: float | None, new: float) -> float:

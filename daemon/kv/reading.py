@@ -93,7 +93,7 @@ class DiskReads:
             job.failed = True
         else:
             cache.cost.read(done.seconds)
-            cache.num_spilled["in", "disk"] += 1
+            cache.num_moved["in", "disk"] += 1
         if job.failed or not self._attach(job, depth, place):
             job.failed = True
             cache.host.release((place,))

@@ -30,8 +30,8 @@ class KvStats(NamedTuple):
     disk_free: int
     disk_cached: int
     """0 and 0 without a disk tier, and while it rests because the disk failed."""
-    spilled_blocks: Mapping[tuple[str, str], int]
-    """Since the start, by (direction, tier); all of DIRECTIONS are there."""
+    moved_blocks: Mapping[str, int]
+    """Since the start, by "direction_tier" ("out_host"); all of DIRECTIONS are there."""
     fetches: int
     """Since the start: sequences whose spilled blocks were copied back, as the cheaper way."""
     recomputes: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 from aiohttp import web
@@ -12,6 +13,9 @@ from quantd.daemon.errors import ConfigError, RequestError
 from quantd.daemon.server.body import read_body
 from quantd.daemon.server.context import CONTEXT
 from quantd.daemon.server.models import json_response
+
+if TYPE_CHECKING:
+    from quantd.daemon.engine import Engine
 
 
 class ModelBody(msgspec.Struct):
@@ -71,9 +75,35 @@ async def unload_model(request: web.Request) -> web.Response:
 
 
 async def state(request: web.Request) -> web.Response:
-    """Queue, batch and KV pool of each model in memory, by name."""
-    statuses = request.app[CONTEXT].fleet.models()
-    engines = {
-        status.name: status.stats._asdict() for status in statuses if status.stats is not None
-    }
-    return json_response({"engines": engines})
+    """Queue, batch, requests and KV blocks of each model in memory, by name."""
+    fleet = request.app[CONTEXT].fleet
+    engines = {name: fleet.engine_of(name) for name in fleet.loaded()}
+    return json_response({"engines": {name: _state(engine) for name, engine in engines.items()}})
+
+
+def _state(engine: Engine) -> dict[str, object]:
+    stats = engine.stats()
+    requests = [line._asdict() for line in engine.requests()]
+    return {**stats._asdict(), "kv": stats.kv._asdict(), "requests": requests}
+
+
+class KvBody(msgspec.Struct):
+    model: str
+    kv_bytes: int | None = None
+    shrink: bool = False
+
+
+_KV = msgspec.json.Decoder(KvBody)
+
+
+async def kv(request: web.Request) -> web.Response:
+    """Changes a loaded model's budget for KV blocks, or has it give back what no request needs."""
+    body = await read_body(request, _KV)
+    if body.kv_bytes is None and not body.shrink:
+        raise RequestError("kv_bytes or shrink is needed", param="kv_bytes")
+    engine = request.app[CONTEXT].fleet.engine_of(body.model)
+    if body.kv_bytes is not None:
+        engine.resize(body.kv_bytes)
+    if body.shrink:
+        engine.shrink()
+    return json_response(engine.stats().kv._asdict())

@@ -74,6 +74,7 @@ _ROUTES = [
 _ADMIN_ROUTES = [
     web.post("/admin/reload", admin_routes.reload),
     web.post("/admin/drain", admin_routes.drain),
+    web.post("/admin/kv", admin_routes.kv),
     web.get("/admin/models", admin_routes.models),
     web.post("/admin/models/load", admin_routes.load_model),
     web.post("/admin/models/unload", admin_routes.unload_model),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from quantd.daemon.errors import Unavailable
+from quantd.daemon.errors import DeadlineExceeded, Unavailable
 from quantd.daemon.server.sampling import Options
 from quantd.daemon.types import SamplingParams, TokenEvent, TokenLogprob
 
@@ -88,6 +88,8 @@ class Choice:
                 return delta
 
     def _take(self, event: TokenEvent) -> Delta:
+        if event.finish_reason == "timeout":
+            raise DeadlineExceeded(event.error or "the timeout is over", param="timeout")
         if event.finish_reason == "error" or event.finish_reason == "abort":
             raise Unavailable(event.error or "the request was aborted")
         if event.prompt_logprobs:

@@ -192,6 +192,8 @@ def _submit(made: Generation, lease: Lease, arrival: float, caller: str) -> None
                 priority=options.priority,
                 arrival=arrival,
                 caller=caller,
+                cache_salt=options.cache_salt,
+                deadline=None if options.timeout is None else arrival + options.timeout,
             )
             output = OutputText(
                 lease.text,

@@ -28,6 +28,8 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
 MAX_BAD_WORDS = 1024
 MAX_LOGPROBS = 20
+MAX_SALT_CHARS = 256
+MAX_TIMEOUT = 86400.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _MAX_INT = (1 << 31) - 1
 """Every integer is bounded: what travels to a worker has 64 bits."""
@@ -109,7 +111,6 @@ _UNSERVED = (
     "guided_grammar",
     "prompt_logprobs",
     "logprob_token_ids",
-    "cache_salt",
     "use_beam_search",
     "length_penalty",
     "logits_processors",
@@ -138,6 +139,9 @@ class Options:
     bad_words: tuple[str, ...]
     priority: int
     request_id: str | None
+    cache_salt: str
+    timeout: float | None
+    """Seconds."""
     truncate_prompt_tokens: int | None
     return_token_ids: bool
     tokens_as_ids: bool
@@ -212,6 +216,8 @@ def read_options(
         bad_words=_bad_words(body.bad_words),
         priority=integer("priority", body.priority, 0, -(1 << 31), _MAX_INT),
         request_id=body.request_id,
+        cache_salt=_salt(body.cache_salt),
+        timeout=_timeout(body.timeout),
         truncate_prompt_tokens=_truncation(body.truncate_prompt_tokens),
         return_token_ids=bool(body.return_token_ids),
         tokens_as_ids=bool(body.return_tokens_as_token_ids),
@@ -219,6 +225,21 @@ def read_options(
         include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
         service_tier="default" if isinstance(tier, str) else None,
     )
+
+
+def _salt(value: str | None) -> str:
+    if value is None:
+        return ""
+    if not 1 <= len(value) <= MAX_SALT_CHARS:
+        shown = f"{len(value)} characters"
+        raise out_of_range("cache_salt", shown, f"a string of 1 to {MAX_SALT_CHARS} characters")
+    return value
+
+
+def _timeout(value: float | None) -> float | None:
+    if value is not None and not 0.0 < value <= MAX_TIMEOUT:
+        raise out_of_range("timeout", value, f"seconds above 0 and at most {MAX_TIMEOUT:g}")
+    return value
 
 
 def _base_params(

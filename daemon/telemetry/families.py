@@ -20,7 +20,7 @@ _COUNTERS: tuple[tuple[str, str, Callable[[EngineMetrics], float]], ...] = (
         lambda engine: engine.prompt_tokens,
     ),
     (
-        "quantd_prompt_cached_tokens",
+        "quantd_prefix_hit_tokens",
         "Prompt tokens whose KV blocks were found and not computed.",
         lambda engine: engine.cached_tokens,
     ),
@@ -97,6 +97,16 @@ def _gauges(samples: Sequence[ModelSample]) -> Iterator[Metric]:
         "Running requests that had to give up their place, by what it was needed for.",
         labels=["model", "reason"],
     )
+    spilled = CounterMetricFamily(
+        "quantd_spill_bytes",
+        "KV bytes moved out to a lower tier, or back in from it.",
+        labels=["model", "direction", "tier"],
+    )
+    returns = CounterMetricFamily(
+        "quantd_kv_return",
+        "Requests that found spilled KV blocks, by how they got them back.",
+        labels=["model", "how"],
+    )
     for sample in samples:
         for state in MODEL_STATES:
             states.add_metric([sample.model, state], float(sample.state == state))
@@ -106,10 +116,22 @@ def _gauges(samples: Sequence[ModelSample]) -> Iterator[Metric]:
         waiting.add_metric([sample.model], sample.requests_waiting)
         for reason, count in sample.preemptions.items():
             preemptions.add_metric([sample.model, reason], count)
-        for kind, count in (
-            ("free", sample.blocks_free),
-            ("used", sample.blocks_used),
-            ("cached", sample.blocks_cached),
+        kv = sample.kv
+        if kv is None:
+            continue
+        for tier, kind, count in (
+            ("device", "free", kv.free),
+            ("device", "used", kv.used),
+            ("device", "cached", kv.cached),
+            ("host", "free", kv.host_free),
+            ("host", "cached", kv.host_cached),
+            ("disk", "free", kv.disk_free),
+            ("disk", "cached", kv.disk_cached),
         ):
-            blocks.add_metric([sample.model, "device", kind], count)
-    return iter((running, waiting, blocks, states, preemptions))
+            blocks.add_metric([sample.model, tier, kind], count)
+        for way, count in kv.moved_blocks.items():
+            direction, tier = way.split("_")
+            spilled.add_metric([sample.model, direction, tier], count * kv.block_bytes)
+        returns.add_metric([sample.model, "copy"], kv.fetches)
+        returns.add_metric([sample.model, "compute"], kv.recomputes)
+    return iter((running, waiting, blocks, states, preemptions, spilled, returns))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -31,6 +31,33 @@ _GAP_BUCKETS = (
 )
 
 
+class KvSample(Protocol):
+    """What a scrape shows of `kv.stats.KvStats`."""
+
+    @property
+    def block_bytes(self) -> int: ...
+    @property
+    def free(self) -> int: ...
+    @property
+    def used(self) -> int: ...
+    @property
+    def cached(self) -> int: ...
+    @property
+    def host_free(self) -> int: ...
+    @property
+    def host_cached(self) -> int: ...
+    @property
+    def disk_free(self) -> int: ...
+    @property
+    def disk_cached(self) -> int: ...
+    @property
+    def moved_blocks(self) -> Mapping[str, int]: ...
+    @property
+    def fetches(self) -> int: ...
+    @property
+    def recomputes(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSample:
     """One model at the moment of a scrape."""
@@ -39,9 +66,7 @@ class ModelSample:
     state: ModelState
     requests_running: int = 0
     requests_waiting: int = 0
-    blocks_free: int = 0
-    blocks_used: int = 0
-    blocks_cached: int = 0
+    kv: KvSample | None = None
     preemptions: Mapping[str, int] = field(default_factory=dict)
     """By reason, since the model was loaded."""
 

@@ -20,11 +20,18 @@ from quantd.daemon.worker.loader import (
     load_weights,
 )
 from quantd.daemon.worker.machine import computes_bfloat16, physical_cores
-from quantd.daemon.worker.memory import KvPools, allocate, check_kv_bytes
+from quantd.daemon.worker.memory import (
+    KvPools,
+    allocate,
+    block_bytes,
+    check_kv_bytes,
+    num_host_blocks,
+)
 from quantd.daemon.worker.models.config import ModelConfig
 from quantd.daemon.worker.models.decoder import Decoder
 from quantd.daemon.worker.models.families import read_config
 from quantd.daemon.worker.models.names import dense_shapes, model_tensors
+from quantd.daemon.worker.revision import kv_revision
 from quantd.kernels import ops
 from quantd.plugins.api import TensorSource
 from quantd.plugins.select import Registry, notes, parse_rules
@@ -73,6 +80,7 @@ def load_model(load: LoadModel, progress: Progress) -> Model:
         dtype = choose_dtype(load.dtype, config.dtype or stored_dtype(source), device)
         tensors = model_tensors(config, dtype, source.names(), exact=load.dtype == "float32")
     check_kv_bytes(load.kv_bytes, config, dtype, device)
+    host_blocks = num_host_blocks(load.host_kv_bytes, block_bytes(config, dtype))
     registry = Registry()
     choices = choose(config, source, tensors, device, registry, parse_rules(load.quantization))
     vocab_size = checkpoint.vocab_size(config.vocab_size)
@@ -88,6 +96,9 @@ def load_model(load: LoadModel, progress: Progress) -> Model:
         device=str(device),
         block_bytes=pools.block_bytes,
         num_blocks=pools.num_blocks,
+        max_blocks=pools.max_blocks,
+        num_host_blocks=host_blocks,
+        kv_revision=kv_revision(load, checkpoint.config, dtype, device, max_context),
         seconds=time.perf_counter() - started,
         quantizers=count_quantizers(choices.linears),
         notes=(

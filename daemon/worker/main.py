@@ -23,9 +23,12 @@ from typing import Protocol
 
 from quantd.daemon.frames import FrameError, FrameSocket
 from quantd.daemon.types import (
+    DiskDone,
+    DiskIndex,
     LoadModel,
     LoadProgress,
     ModelInfo,
+    ReleaseMemory,
     StepPlan,
     StepResult,
     ToWorker,
@@ -50,6 +53,12 @@ class StepRunner(Protocol):
     def info(self) -> ModelInfo: ...
 
     def execute(self, plan: StepPlan) -> StepResult: ...
+
+    def release_memory(self, blocks: Sequence[tuple[int, int]]) -> None: ...
+
+    def open_disk(self, send: Callable[[DiskDone | DiskIndex], None]) -> None:
+        """Begins to serve the disk tier, if there is one; `send` is called from its thread."""
+        ...
 
 
 MakeRunner = Callable[[LoadModel, OnProgress], StepRunner]
@@ -80,10 +89,14 @@ def serve(wire: FrameSocket[ToWorker], make_runner: MakeRunner) -> int:
             raise FrameError(f"a {type(load).__name__} came before the model's name")
         runner = make_runner(load, _Reporter(wire.send))
         wire.send(runner.info)
-        while (plan := wire.receive()) is not None:
-            if not isinstance(plan, StepPlan):
-                raise FrameError(f"a {type(plan).__name__} came out of turn")
-            wire.send(runner.execute(plan))
+        runner.open_disk(wire.send)
+        while (message := wire.receive()) is not None:
+            if isinstance(message, StepPlan):
+                wire.send(runner.execute(message))
+            elif isinstance(message, ReleaseMemory):
+                runner.release_memory(message.blocks)
+            else:
+                raise FrameError(f"a {type(message).__name__} came out of turn")
         return 0
     except (BrokenPipeError, ConnectionResetError):
         return 0  # the engine left while we were talking

@@ -6,6 +6,10 @@ gives a page when a block is first written, so a pool costs what was used of it,
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +18,6 @@ from torch import Tensor
 from quantd.daemon.types import BLOCK_TOKENS
 from quantd.daemon.worker.machine import available_memory, total_memory
 from quantd.daemon.worker.models.config import ModelConfig
-from quantd.kernels import ops
 from quantd.plugins.api import Refused
 
 _DEFAULT_SEQUENCES = 8
@@ -27,13 +30,32 @@ class KvPools:
     """One per layer."""
     values: tuple[Tensor, ...]
     num_blocks: int
+    """The budget; the tensors have room for `max_blocks`."""
     block_bytes: int
     """Of one block over all layers, keys and values."""
 
-    def copy(self, src: Tensor, dst: Tensor) -> None:
-        """Copies whole blocks, in every layer. src, dst int64 [n]."""
-        for keys, values in zip(self.keys, self.values, strict=True):
-            ops.copy_blocks(keys, values, src, dst)
+    @property
+    def max_blocks(self) -> int:
+        return self.keys[0].shape[0]
+
+    def copy(self, src: int, dst: int) -> None:
+        """Copies one whole block, in every layer."""
+        for tensor in (*self.keys, *self.values):
+            tensor[dst].copy_(tensor[src])
+
+    def release(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Gives back the pages that lie wholly in these half-open ranges of blocks, whose bytes
+        are undefined then. On a CUDA device the pool stays as it is."""
+        if self.keys[0].device.type != "cpu":
+            return
+        page = mmap.PAGESIZE
+        for tensor in (*self.keys, *self.values):
+            step = tensor[0].nbytes
+            for start, stop in ranges:
+                first = -(-(tensor.data_ptr() + start * step) // page) * page
+                last = (tensor.data_ptr() + stop * step) // page * page
+                if last > first:
+                    _madvise(first, last - first)
 
 
 def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -95,10 +117,44 @@ def allocate(
     blocks = num_blocks(kv_bytes, bytes_per_block, max_context, _available(device))
     shape = (blocks, config.num_kv_heads, BLOCK_TOKENS, config.head_dim)
 
-    def pools() -> tuple[Tensor, ...]:
-        return tuple(torch.empty(shape, dtype=dtype, device=device) for _ in config.layers)
+    def pools(room: int) -> tuple[Tensor, ...]:
+        sizes = (room, *shape[1:])
+        return tuple(torch.empty(sizes, dtype=dtype, device=device) for _ in config.layers)
 
-    return KvPools(pools(), pools(), blocks, bytes_per_block)
+    room = blocks
+    if device.type == "cpu":
+        room = max(blocks, total_memory() // bytes_per_block)
+    try:
+        return KvPools(pools(room), pools(room), blocks, bytes_per_block)
+    except RuntimeError:  # a system that does not hand out address space beyond its memory
+        return KvPools(pools(blocks), pools(blocks), blocks, bytes_per_block)
+
+
+def num_host_blocks(host_kv_bytes: int, bytes_per_block: int) -> int:
+    """Places of the host pool. Refused when the budget is less than one block, or more than the
+    machine has at all."""
+    if host_kv_bytes == 0:
+        return 0
+    if host_kv_bytes < bytes_per_block:
+        raise Refused(
+            f"host_kv_bytes is {host_kv_bytes}, less than the {bytes_per_block} bytes of one block"
+        )
+    total = total_memory()
+    if host_kv_bytes > total:
+        raise Refused(
+            f"host_kv_bytes is {host_kv_bytes}, more than the {total} bytes that the machine has"
+        )
+    return host_kv_bytes // bytes_per_block
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_MADV_DONTNEED = 4
+
+
+def _madvise(address: int, length: int) -> None:
+    if _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _MADV_DONTNEED) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"madvise: {os.strerror(number)}")
 
 
 def _available(device: torch.device) -> int:

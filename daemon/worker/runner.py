@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +14,10 @@ from torch import Tensor
 
 from quantd.daemon.types import (
     BLOCK_TOKENS,
+    BlockCopy,
     Chunk,
+    DiskDone,
+    DiskIndex,
     LoadModel,
     ModelInfo,
     NewSequence,
@@ -22,6 +27,8 @@ from quantd.daemon.types import (
     StepResult,
     TokenLogprob,
 )
+from quantd.daemon.worker.disk import DiskTier
+from quantd.daemon.worker.host import HostPool
 from quantd.daemon.worker.load import Model, load_model
 from quantd.daemon.worker.loader import Progress
 from quantd.daemon.worker.sampler import Sampler, SampleRow
@@ -96,6 +103,25 @@ class Runner:
         self._model: Model = load_model(load, on_progress)
         self._sampler = Sampler(self._model.info.vocab_size)
         self._sequences: dict[int, _Sequence] = {}
+        self._host = HostPool(self._model.pools, self.info.num_host_blocks)
+        self._disk_folder = load.disk_kv_path
+        self._disk: DiskTier | None = None
+
+    def open_disk(self, send: Callable[[DiskDone | DiskIndex], None]) -> None:
+        """Begins to serve the disk tier, if there is one; `send` is called from its thread."""
+        if self._disk_folder is not None and self.info.num_host_blocks:
+            self._disk = DiskTier(
+                Path(self._disk_folder),
+                self.info.kv_revision,
+                self._host.place_bytes,
+                self._host.bytes_of,
+                send,
+            )
+            self._disk.start()
+
+    def release_memory(self, blocks: Sequence[tuple[int, int]]) -> None:
+        """The bytes of these ranges of blocks are not needed; their memory goes back."""
+        self._model.pools.release(blocks)
 
     @property
     def info(self) -> ModelInfo:
@@ -111,18 +137,32 @@ class Runner:
         for new in plan.add:
             assert new.seq not in self._sequences, f"sequence {new.seq} is known already"
             self._sequences[new.seq] = _Sequence(new)
-        if plan.copies:
-            assert all(copy.kind == "cow" for copy in plan.copies), "only copies within the pool"
-            self._model.pools.copy(
-                self._tensor(np.array([copy.src for copy in plan.copies], np.int64)),
-                self._tensor(np.array([copy.dst for copy in plan.copies], np.int64)),
-            )
+        for rebind in plan.rebinds:
+            self._sequences[rebind.seq].blocks[rebind.index] = rebind.block
+        copying = time.perf_counter()
+        for copy in plan.copies:
+            self._copy(copy)
+        copy_seconds = time.perf_counter() - copying
+        if plan.disk:
+            self._host.copied()
+        for op in plan.disk:
+            assert self._disk is not None, "there is no disk tier"
+            self._disk.put(op)
         sampled: list[Sampled] = []
         logprobs: tuple[PromptLogprobs, ...] = ()
         if plan.chunks:
             sampled, logprobs = self._run(plan.chunks)
         seconds = time.perf_counter() - started
-        return StepResult(plan.step, tuple(sampled), logprobs, seconds)
+        return StepResult(plan.step, tuple(sampled), logprobs, seconds, copy_seconds)
+
+    def _copy(self, copy: BlockCopy) -> None:
+        """One after the other: a block that one copy saves may be the next one's target."""
+        if copy.kind == "spill":
+            self._host.spill(copy.src, copy.dst)
+        elif copy.kind == "fetch":
+            self._host.fetch(copy.src, copy.dst)
+        else:
+            self._model.pools.copy(copy.src, copy.dst)
 
     def _run(self, chunks: tuple[Chunk, ...]) -> tuple[list[Sampled], tuple[PromptLogprobs, ...]]:
         tokens, batch, stop, wanted = self._batch(chunks)
@@ -153,6 +193,7 @@ class Runner:
             sequence = self._sequences[chunk.seq]
             sequence.extend(chunk.blocks)
             known = sequence.row.tokens
+            # Before `start` may lie blocks that other sequences have computed, or do in this step.
             assert 0 <= chunk.start < chunk.stop <= len(known), f"{chunk} of {len(known)} tokens"
             assert chunk.stop <= sequence.num_blocks * BLOCK_TOKENS, f"{chunk} has no block"
             assert not chunk.sample or chunk.stop == len(known), f"{chunk} would overwrite a token"

@@ -2,7 +2,7 @@
 
 from quantd.kernels.reference.activation import Activation, act_and_mul
 from quantd.kernels.reference.attention import paged_attention
-from quantd.kernels.reference.cache import copy_blocks, write_kv
+from quantd.kernels.reference.cache import write_kv
 from quantd.kernels.reference.grouped import dequantize_grouped, quantize_rows
 from quantd.kernels.reference.linear import linear
 from quantd.kernels.reference.norm import add_rms_norm, rms_norm
@@ -13,7 +13,6 @@ __all__ = [
     "Activation",
     "act_and_mul",
     "add_rms_norm",
-    "copy_blocks",
     "dequantize_grouped",
     "linear",
     "paged_attention",

@@ -16,12 +16,3 @@ def write_kv(
     blocks, offsets = slots // BLOCK_SIZE, slots % BLOCK_SIZE
     k_pool[blocks, :, offsets] = k
     v_pool[blocks, :, offsets] = v
-
-
-def copy_blocks(
-    k_pool: torch.Tensor, v_pool: torch.Tensor, src: torch.Tensor, dst: torch.Tensor
-) -> None:
-    """Copies block src[i] to block dst[i] in both pools, as if all at once: every source is read
-    before any destination is written. src, dst int64 [n]; the destinations must be distinct."""
-    k_pool[dst] = k_pool[src]
-    v_pool[dst] = v_pool[src]

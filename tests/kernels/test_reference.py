@@ -50,14 +50,6 @@ def test_kv_is_stored_where_the_slots_say_and_nowhere_else() -> None:
     assert torch.count_nonzero(k_pool) == k.numel()
 
 
-def test_blocks_are_copied_as_if_all_at_once() -> None:
-    k_pool, v_pool = torch.randn(2, 5, 2, BLOCK_SIZE, 8)
-    k_before, v_before = k_pool.clone(), v_pool.clone()
-    ops.copy_blocks(k_pool, v_pool, torch.tensor([0, 1]), torch.tensor([1, 2]))
-    order = [0, 0, 1, 3, 4]
-    assert torch.equal(k_pool, k_before[order]) and torch.equal(v_pool, v_before[order])
-
-
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("max_scores", [1, 1 << 24])
 def test_attention_is_torch_s(

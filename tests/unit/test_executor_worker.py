@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,8 @@ from fakes import FakeWorker, ManualClock, model_info
 from quantd.daemon.frames import FrameSocket
 from quantd.daemon.types import (
     Chunk,
+    DiskDone,
+    DiskIndex,
     FromWorker,
     LoadModel,
     LoadProgress,
@@ -52,6 +54,12 @@ class Runner:
         if self._error is not None:
             raise self._error
         return self._worker.run(plan)
+
+    def release_memory(self, blocks: Sequence[tuple[int, int]]) -> None:
+        pass
+
+    def open_disk(self, send: Callable[[DiskDone | DiskIndex], None]) -> None:
+        pass
 
 
 def make_runner(load: LoadModel, on_progress: OnProgress) -> StepRunner:

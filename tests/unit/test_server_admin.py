@@ -75,7 +75,20 @@ async def test_models_and_state(tmp_path: Path) -> None:
         )
         status, reply = await served.get("/admin/state")
         assert set(reply["engines"]) == {"org/tiny"}
-        assert reply["engines"]["org/tiny"]["running"] == 0
+        engine = reply["engines"]["org/tiny"]
+        assert (engine["running"], engine["kv"]["free"]) == (0, 8)
+        assert engine["kv"]["moved_blocks"]["out_host"] == 0
+        assert engine["requests"][0]["phase"] == "decode"
+
+
+async def test_the_kv_budget_changes_while_it_runs(tmp_path: Path) -> None:
+    async with unix(tmp_path / "s") as served:
+        body = {"model": "tiny", "kv_bytes": 1 << 20, "shrink": True}
+        status, reply = await served.post("/admin/kv", body)
+        assert (status, reply["free"]) == (200, 8)
+        assert served.fleet.idle.calls == ["resize 1048576", "shrink"]
+        assert (await served.error("/admin/kv", {"model": "tiny"}))["param"] == "kv_bytes"
+        assert (await served.post("/admin/kv", {"model": "x", "shrink": True}))[0] == 404
 
 
 async def test_load_and_unload(tmp_path: Path) -> None:

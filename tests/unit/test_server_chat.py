@@ -198,7 +198,6 @@ UNSERVED: list[tuple[str, Any]] = [
     ("web_search_options", {"a": 1}),
     ("web_search_options", {}),
     ("prompt_logprobs", 0),
-    ("cache_salt", "s"),
     ("use_beam_search", True),
     ("length_penalty", 2.0),
     ("chat_template", "x"),

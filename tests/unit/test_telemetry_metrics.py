@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from quantd.daemon.kv.stats import DIRECTIONS, KvStats
 from quantd.daemon.telemetry.metrics import Histogram, Metrics, ModelSample
 
 
@@ -47,9 +48,21 @@ def busy() -> Metrics:
                 state="ready",
                 requests_running=2,
                 requests_waiting=3,
-                blocks_free=5,
-                blocks_used=6,
-                blocks_cached=7,
+                kv=KvStats(
+                    block_bytes=100,
+                    free=5,
+                    used=6,
+                    cached=7,
+                    host_free=1,
+                    host_cached=2,
+                    disk_free=3,
+                    disk_cached=4,
+                    moved_blocks={f"{way}_{tier}": 10 for way, tier in DIRECTIONS},
+                    fetches=11,
+                    recomputes=12,
+                    nodes=0,
+                    disk_problem=None,
+                ),
                 preemptions={"memory": 8, "priority": 9},
             ),
             ModelSample(model="b", state="loading"),
@@ -62,7 +75,7 @@ def test_a_scrape_shows_what_was_counted(busy: Metrics) -> None:
     values = scrape(busy)
     odd = {"model": 'odd "name"\\'}
     assert values["quantd_prompt_tokens_total", labels(**odd)] == 10
-    assert values["quantd_prompt_cached_tokens_total", labels(**odd)] == 4
+    assert values["quantd_prefix_hit_tokens_total", labels(**odd)] == 4
     assert values["quantd_generation_tokens_total", labels(**odd)] == 3
     assert values["quantd_requests_total", labels(**odd, outcome="stop")] == 2
     assert values["quantd_requests_total", labels(**odd, outcome="abort")] == 1

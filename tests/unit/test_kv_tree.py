@@ -1,0 +1,257 @@
+"""PrefixTree and KvCache: what is found, what is given up, and in which order."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+from fakes import make_tables
+
+from quantd.daemon.kv.cache import KvCache
+from quantd.daemon.kv.namespace import Namespace
+from quantd.daemon.kv.tree import KEY_BYTES, STRIDE, Node, PrefixTree, encode
+from quantd.daemon.types import BLOCK_TOKENS
+
+HERE = Namespace(revision="r")
+
+
+def key_of(*blocks: int) -> bytes:
+    """One number a block."""
+    return encode(token for block in blocks for token in [block] * BLOCK_TOKENS)
+
+
+def grow(kv: KvCache, *blocks: int, namespace: Namespace = HERE) -> Node:
+    """A sequence of whole blocks that has run and gone."""
+    key = key_of(*blocks)
+    root, node, owned = kv.start(namespace, kv.match(namespace, key, len(blocks)))
+    for i in range(len(owned), len(blocks)):
+        new = kv.allocate(1)
+        assert new is not None
+        owned += new
+        node = kv.insert(node, key[i * KEY_BYTES : (i + 1) * KEY_BYTES], new[0])
+    kv.release(root, node, owned)
+    kv.check()
+    return node
+
+
+def known(kv: KvCache, *blocks: int, namespace: Namespace = HERE) -> int:
+    return kv.match(namespace, key_of(*blocks), len(blocks)).num_blocks
+
+
+def test_a_match_is_the_longest_known_beginning() -> None:
+    kv = make_tables(16).kv
+    grow(kv, 1, 2, 3)
+    grow(kv, 1, 2, 4)
+    assert [known(kv, *b) for b in ((1, 2, 3), (1, 2, 4, 5), (1, 9), (2, 3), (1,))] == [
+        3,
+        3,
+        1,
+        0,
+        1,
+    ]
+    assert (kv.pool.num_cached, kv.tree.num_nodes) == (4, 4)
+
+
+@pytest.mark.parametrize("length", [STRIDE - 1, STRIDE, STRIDE + 1, 3 * STRIDE + 5])
+def test_milestones_change_nothing_but_the_time(length: int) -> None:
+    kv = make_tables(2 * length).kv
+    blocks = [i % 7 for i in range(length)]
+    grow(kv, *blocks)
+    for cut in (1, STRIDE - 1, STRIDE, length - 1, length):
+        if cut < length:
+            assert known(kv, *blocks[:cut], 99) == cut
+        assert known(kv, *blocks[:cut]) == min(cut, length)
+    kv.shrink()
+    assert (kv.tree.num_nodes, kv.pool.num_free) == (0, 2 * length)
+    kv.check()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Namespace(revision="s"),
+        Namespace(revision="r", precision_epoch=1),
+        Namespace(revision="r", adapter=b"x"),
+        Namespace(revision="r", salt="x"),
+        Namespace(revision="r", rope="x"),
+        Namespace(revision="r", media=((3, b"x"),)),
+        Namespace(revision="r", media=((4, b"x"),)),
+        Namespace(revision="r", media=((3, b"y"),)),
+    ],
+)
+def test_no_field_of_a_namespace_can_be_taken_for_another(other: Namespace) -> None:
+    kv = make_tables(8).kv
+    grow(kv, 1, 2)
+    assert known(kv, 1, 2, namespace=other) == 0
+    grow(kv, 1, 2, namespace=other)
+    assert (known(kv, 1, 2), known(kv, 1, 2, namespace=other)) == (2, 2)
+    salted = [Namespace(revision="r", salt="x"), Namespace(revision="r", adapter=b"x")]
+    digests = {HERE.digest(), other.digest(), *(n.digest() for n in salted)}
+    assert len(digests) == len({HERE, other, *salted})
+
+
+def test_leaves_go_first_and_the_oldest_of_them() -> None:
+    kv = make_tables(5).kv
+    grow(kv, 1, 2, 3)
+    grow(kv, 1, 4)
+    grow(kv, 1, 2, 3)  # is newer than 4 now
+    order = []
+    while kv.pool.num_cached:
+        kv.allocate(kv.pool.num_free + 1)
+        kv.check()
+        order.append((known(kv, 1, 2, 3), known(kv, 1, 4)))
+        kv.pool.release(range(0))
+    # 4 goes first; then the deepest of the other chain, and the trunk last.
+    assert order[0] == (3, 1)
+
+
+def test_a_trunk_is_not_given_up_under_a_running_child() -> None:
+    kv = make_tables(4).kv
+    grow(kv, 1, 2)
+    root, node, blocks = kv.start(HERE, kv.match(HERE, key_of(1, 2), 2))
+    assert kv.allocate(3) is None
+    assert known(kv, 1, 2) == 2
+    kv.release(root, node, blocks)
+    assert kv.allocate(4) is not None
+    assert known(kv, 1) == 0
+
+
+def test_salts_leave_nothing_behind() -> None:
+    kv = make_tables(4).kv
+    for i in range(50):
+        grow(kv, 1, 2, namespace=Namespace(revision="r", salt=str(i)))
+    kv.shrink()
+    assert len(kv.tree._roots) == 0
+
+
+def test_what_was_spilled_comes_back_and_the_copy_stays() -> None:
+    kv = make_tables(3, num_places=4).kv
+    grow(kv, 1, 2)
+    taken = kv.allocate(3)
+    assert taken is not None
+    spilled = kv.take_copies()
+    assert [copy.kind for copy in spilled] == ["spill", "spill"]
+    kv.pool.release(taken)
+    match = kv.match(HERE, key_of(1, 2), 2)
+    assert (match.num_device, match.num_host) == (0, 2)
+    root, node, blocks = kv.start(HERE, match)
+    copies = kv.take_copies()
+    assert [(c.kind, c.dst) for c in copies] == [("fetch", block) for block in blocks]
+    places = {copy.dst for copy in spilled}
+    assert {copy.src for copy in copies} == places
+    kv.release(root, node, blocks)
+    kv.check()
+    assert kv.allocate(3) is not None
+    assert kv.take_copies() == (), "the host still has them"
+
+
+def test_without_a_place_it_is_gone_with_all_below() -> None:
+    kv = make_tables(4, num_places=1).kv
+    grow(kv, 1, 2, 3)
+    kv.allocate(4)
+    kv.check()
+    # One place: the trunk took it from its own children, which nobody could use without it.
+    assert known(kv, 1, 2, 3) == 1
+
+
+def test_fetching_is_weighed_against_computing() -> None:
+    kv = make_tables(2, num_places=4).kv
+    grow(kv, 1, 2)
+    taken = kv.allocate(2)
+    assert taken is not None
+    kv.pool.release(taken)
+    kv.cost.computed(1000, 1.0)
+    kv.cost.copied(1, 1.0)
+    match = kv.match(HERE, key_of(1, 2), 2)
+    assert (match.num_host, match.num_spurned) == (0, 2)
+    grow(kv, 1, 2)
+    assert (kv.num_recomputes, kv.num_fetches) == (1, 0)
+    assert known(kv, 1, 2) == 2
+
+
+def test_a_smaller_budget_takes_effect_as_blocks_come_back() -> None:
+    kv = make_tables(8, capacity=16).kv
+    grow(kv, 1, 2, 3)
+    taken = kv.allocate(4)
+    assert taken is not None
+    kv.resize(2)
+    assert (kv.pool.num_free, kv.pool.num_cached) == (-2, 0)
+    assert kv.allocate(1) is None
+    kv.pool.release(taken)
+    assert kv.pool.num_free == 2
+    kv.resize(16)
+    assert kv.allocate(16) is not None
+    kv.check()
+
+
+def test_many_random_operations_against_a_plain_oracle() -> None:
+    """Every sequence finds at least what a dictionary of live prefixes says it must."""
+    rng = random.Random(5)
+    kv = make_tables(40, num_places=12).kv
+    live: list[tuple[object, Node, list[int], list[int]]] = []
+    for _ in range(4000):
+        if live and (rng.random() < 0.45 or len(live) > 6):
+            root, node, owned, blocks = live.pop(rng.randrange(len(live)))
+            kv.release(root, node, owned)  # type: ignore[arg-type]
+        else:
+            blocks = [rng.randrange(3) for _ in range(rng.randint(1, 6))]
+            key = key_of(*blocks)
+            match = kv.match(HERE, key, len(blocks))
+            must = max(
+                (_common(blocks, theirs) for *_, theirs in live),
+                default=0,
+            )
+            assert match.num_device >= must, "what runs is there"
+            root, node, owned = kv.start(HERE, match)
+            for i in range(len(owned), len(blocks)):
+                new = kv.allocate(1)
+                if new is None:
+                    break
+                node = kv.insert(node, key[i * KEY_BYTES : (i + 1) * KEY_BYTES], new[0])
+                owned.append(node.block)
+            live.append((root, node, owned, blocks[: len(owned)]))
+        if rng.random() < 0.05:
+            kv.check()
+        kv.step += 1
+        kv.take_copies()
+    for root, node, owned, _ in live:
+        kv.release(root, node, owned)  # type: ignore[arg-type]
+    kv.check()
+    assert kv.pool.num_used == 0
+    kv.shrink()
+    assert kv.pool.num_free == 40
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    n = 0
+    while n < min(len(a), len(b)) and a[n] == b[n]:
+        n += 1
+    return n
+
+
+def test_a_long_match_takes_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not timed: counted. 128k tokens are 8,192 blocks, found in 128 steps."""
+    tree, steps = PrefixTree(), 0
+    node: Node = tree.root(HERE)
+    length = 8192
+    key = encode(range(length * BLOCK_TOKENS))
+    for i in range(length):
+        node = tree.add(node, key[i * KEY_BYTES : (i + 1) * KEY_BYTES])
+        node.block = i
+        assert node.parent is not None
+        node.parent.num_device_children += 1
+    original = Node.child
+
+    def counted(self: Node, key: bytes) -> Node | None:
+        nonlocal steps
+        steps += 1
+        return original(self, key)
+
+    monkeypatch.setattr(Node, "child", counted)
+    started = time.perf_counter()
+    assert tree.find(HERE, key, length) is node
+    assert time.perf_counter() >= started
+    assert steps == 0, "the last stride ends at a milestone"
+    assert tree.find(HERE, key, length - 1) is node.parent
+    assert steps == STRIDE - 1
