@@ -23,13 +23,17 @@ TOKEN_IDS = range(300, 7900)
 
 @dataclass(frozen=True)
 class Scenario:
-    """`streams` requests at once, each of `shared` + `prompt` prompt tokens and `output` tokens."""
+    """`streams` requests at once, each of `shared` + `prompt` prompt tokens and `output` tokens.
+
+    `primed`: the shared tokens were sent once before, and that is not timed.
+    """
 
     name: str
     streams: int
     prompt: int
     output: int
     shared: int = 0
+    primed: bool = False
 
     def prompts(self, repeat: int) -> list[list[int]]:
         key = f"{self.name}/{self.streams}/{self.prompt}/{self.output}/{self.shared}/{repeat}"
@@ -117,6 +121,9 @@ async def run(url: str, model: str, scenario: Scenario, repeat: int) -> Measurem
     timeout = aiohttp.ClientTimeout(total=900)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+        if scenario.primed:
+            prefix = scenario.prompts(repeat)[0][: scenario.shared]
+            await _stream(session, url, model, {"prompt": prefix, "max_tokens": 1})
         start = time.perf_counter()
         streams = await asyncio.gather(
             *(

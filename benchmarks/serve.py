@@ -31,8 +31,10 @@ SCENARIOS = {
         load.Scenario("8", streams=8, prompt=128, output=64),
         load.Scenario("16", streams=16, prompt=128, output=64),
         load.Scenario("shared", streams=16, prompt=32, output=16, shared=512),
+        load.Scenario("primed", streams=16, prompt=32, output=16, shared=512, primed=True),
     )
 }
+_FIGURES = {"one": "decode_rate", "prefill": "prefill_rate", "shared": "wall", "primed": "wall"}
 WARM_UP = load.Scenario("warm", streams=1, prompt=16, output=4)
 
 
@@ -62,7 +64,9 @@ def _figure(rounds: list[dict[str, Any]], name: str) -> float:
     """The figure that a scenario is judged by, as the median over the rounds."""
     if name in ("start", "peak_mib"):
         return statistics.median(r[name] for r in rounds)
-    key = {"one": "decode_rate", "prefill": "prefill_rate", "shared": "wall"}.get(name)
+    key = {"one": "decode_rate", "prefill": "prefill_rate", "shared": "wall", "primed": "wall"}.get(
+        name
+    )
     return statistics.median(r[name][key or "output_rate"] for r in rounds)
 
 
@@ -74,6 +78,7 @@ def table(results: dict[str, list[dict[str, Any]]], names: list[str]) -> str:
         "8": "8 streams, tok/s",
         "16": "16 streams, tok/s",
         "shared": "16 × (512 shared + 32), s",
+        "primed": "the same, prefix sent before, s",
         "start": "start to first token, s",
         "peak_mib": "peak memory, MiB",
     }
