@@ -40,8 +40,9 @@ class DiskIndex:
     def __init__(self, budget_bytes: int) -> None:
         self._budget_bytes = budget_bytes
         self._file_bytes = 0
-        self._files: OrderedDict[bytes, bool] = OrderedDict()
-        """name -> whether it is complete."""
+        self._files: OrderedDict[bytes, None] = OrderedDict()
+        """The complete ones, and those that are being written."""
+        self._writing: set[bytes] = set()
         self.ops: list[DiskOp] = []
         self.problem: str | None = None
         """Why nothing is written any more. Reads that fail only forget their file."""
@@ -52,33 +53,33 @@ class DiskIndex:
         return self._budget_bytes // self._file_bytes if self._file_bytes else 0
 
     def __len__(self) -> int:
-        return len(self._files)
+        """Files that can be read."""
+        return len(self._files) - len(self._writing)
 
     def __contains__(self, name: bytes) -> bool:
         """It can be read."""
-        return self._files.get(name, False)
+        return name in self._files and name not in self._writing
 
     def open(self, names: Iterable[bytes], file_bytes: int) -> None:
         """What the folder holds, oldest first."""
         self._file_bytes = file_bytes
         for name in names:
-            self._files[name] = True
+            self._files[name] = None
         self._keep_budget()
 
     def write(self, name: bytes, place: int) -> bool:
         """Begin to write, unless it is there; False: nothing was begun."""
         if self.problem is not None or name in self._files or self.capacity == 0:
             return False
-        self._files[name] = False
+        self._files[name] = None
+        self._writing.add(name)
         self.ops.append(DiskOp("write", name, place))
         self._keep_budget()
         return True
 
     def written(self, name: bytes, error: str | None) -> None:
-        if error is None:
-            if name in self._files:
-                self._files[name] = True
-        else:
+        self._writing.discard(name)
+        if error is not None:
             self._files.pop(name, None)
             self.problem = error
 
@@ -93,12 +94,12 @@ class DiskIndex:
 
     def _keep_budget(self) -> None:
         while len(self._files) > self.capacity:
-            oldest = next((name for name, complete in self._files.items() if complete), None)
+            oldest = next((name for name in self._files if name not in self._writing), None)
             if oldest is None:
                 return
             del self._files[oldest]
             self.ops.append(DiskOp("remove", oldest))
 
     def check(self) -> None:
-        writing = sum(not complete for complete in self._files.values())
-        assert len(self._files) <= self.capacity + writing
+        assert self._writing <= self._files.keys()
+        assert len(self) <= self.capacity
