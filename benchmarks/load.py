@@ -80,7 +80,7 @@ def percentile(values: list[float], percent: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
 
 
-async def _stream(session: aiohttp.ClientSession, url: str, model: str, body: dict) -> Stream:
+async def complete(session: aiohttp.ClientSession, url: str, model: str, body: dict) -> Stream:
     stream = Stream(time.perf_counter())
     body = {
         "model": model,
@@ -127,7 +127,7 @@ async def run(url: str, model: str, scenario: Scenario, repeat: int) -> Measurem
         start = time.perf_counter()
         streams = await asyncio.gather(
             *(
-                _stream(session, url, model, {"prompt": prompt, "max_tokens": scenario.output})
+                complete(session, url, model, {"prompt": prompt, "max_tokens": scenario.output})
                 for prompt in scenario.prompts(repeat)
             )
         )

@@ -1,25 +1,35 @@
-"""What the scheduler itself costs per step: python benchmarks/scheduler_cost.py
+"""What the control plane itself costs per step: python benchmarks/scheduler_cost.py
 
 Times `Scheduler.plan` and `commit` in the steady state, every running sequence decoding and a
-queue of waiting ones behind, and with a long prompt computed beside them. No model runs. The
-times are of the CPU, so a busy machine does not show in them.
+queue of waiting ones behind, and with a long prompt computed beside them; then `KvCache.match` in
+a tree that is full, and the memory of its nodes. No model runs. The times are of the CPU, so a
+busy machine does not show in them.
 """
 
 from __future__ import annotations
 
 import itertools
+import random
 import statistics
 import time
+import tracemalloc
 
 from quantd.daemon.config import SchedulerSettings
+from quantd.daemon.kv.cache import KvCache
+from quantd.daemon.kv.namespace import Namespace
 from quantd.daemon.kv.pool import BlockPool
+from quantd.daemon.kv.tree import KEY_BYTES, Node, encode
 from quantd.daemon.scheduler.scheduler import Scheduler
 from quantd.daemon.scheduler.sequence import Sequence
-from quantd.daemon.types import Request, Sampled, SamplingParams, StepPlan, StepResult
+from quantd.daemon.scheduler.tables import BlockTables
+from quantd.daemon.types import BLOCK_TOKENS, Request, Sampled, SamplingParams, StepPlan, StepResult
 
 STEPS = 500
 NUM_WAITING = 1000
 LONG = 1_000_000
+NUM_NODES = 100_000
+MATCH_TOKENS = 128 * 1024
+MATCHES = 1000
 
 
 def make_scheduler(policy: str, num_running: int, *, long_prompt: bool) -> Scheduler:
@@ -28,14 +38,18 @@ def make_scheduler(policy: str, num_running: int, *, long_prompt: bool) -> Sched
         policy=policy,  # type: ignore[arg-type]
         max_running=num_running,
         max_waiting=NUM_WAITING,
+        overlap=False,
     )
-    scheduler = Scheduler(BlockPool(10**6), settings, max_context=10**7)
+    tables = BlockTables(KvCache(BlockPool(10**7)), "cost")
+    scheduler = Scheduler(tables, settings, max_context=10**7)
     ids = itertools.count()
 
     def add(num_prompt_tokens: int) -> None:
+        """No prompt begins as another, so that each has blocks of its own."""
         sampling = SamplingParams(max_tokens=LONG, stop_token_ids=(2, 3))
         seq_id = next(ids)
-        scheduler.add(Sequence(seq_id, Request(str(seq_id), (1,) * num_prompt_tokens, sampling)))
+        prompt = (100 + seq_id,) + (1,) * (num_prompt_tokens - 1)
+        scheduler.add(Sequence(seq_id, Request(str(seq_id), prompt, sampling)))
 
     for _ in range(num_running - long_prompt):
         add(100)
@@ -61,17 +75,71 @@ def step(scheduler: Scheduler) -> tuple[float, float, StepPlan]:
     return planned - start, time.thread_time() - ran, plan
 
 
+def spread(seconds: list[float]) -> str:
+    """Median and 99th percentile, microseconds."""
+    microseconds = [s * 1e6 for s in seconds]
+    p99 = statistics.quantiles(microseconds, n=100)[98]
+    return f"{statistics.median(microseconds):8.0f} {p99:8.0f}"
+
+
 def measure(policy: str, num_running: int, *, long_prompt: bool) -> str:
     scheduler = make_scheduler(policy, num_running, long_prompt=long_prompt)
     timings = [step(scheduler) for _ in range(STEPS)]
     assert all(len(plan.chunks) == num_running for _, _, plan in timings)
-    columns = []
-    for seconds in ([t[0] for t in timings], [t[1] for t in timings]):
-        microseconds = [s * 1e6 for s in seconds]
-        p99 = statistics.quantiles(microseconds, n=100)[98]
-        columns.append(f"{statistics.median(microseconds):8.0f} {p99:8.0f}")
+    columns = [spread([t[0] for t in timings]), spread([t[1] for t in timings])]
     load = "decode + long prompt" if long_prompt else "decode"
     return f"{policy:9} {num_running:7} {load:21} {columns[0]}  {columns[1]}"
+
+
+def insert(kv: KvCache, namespace: Namespace, key: bytes) -> int:
+    """All blocks of `key` become known, and nobody's; how many are new."""
+    before = kv.tree.num_nodes
+    root, node, blocks = kv.start(namespace, kv.match(namespace, key, len(key) // KEY_BYTES))
+    deepest: Node = node
+    for start in range(deepest.depth * KEY_BYTES, len(key), KEY_BYTES):
+        new = kv.allocate(1)
+        assert new is not None
+        deepest = kv.insert(deepest, key[start : start + KEY_BYTES], new[0])
+        blocks += new
+    kv.release(root, deepest, blocks)
+    return kv.tree.num_nodes - before
+
+
+def measure_match() -> None:
+    """Prompts of which all is known, or all up to somewhere, among branches of all lengths."""
+    rng = random.Random(1)
+    kv = KvCache(BlockPool(2 * NUM_NODES))
+    namespace = Namespace(revision="cost")
+    num_blocks = MATCH_TOKENS // BLOCK_TOKENS
+    long = encode(rng.randrange(50_000) for _ in range(MATCH_TOKENS))
+    branches: list[bytes] = []
+
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    insert(kv, namespace, long)
+    while kv.tree.num_nodes < NUM_NODES:
+        kept = rng.randrange(num_blocks) * KEY_BYTES
+        own = encode(rng.randrange(50_000) for _ in range(100 * BLOCK_TOKENS))
+        key = (long[:kept] + own)[: len(long)]
+        insert(kv, namespace, key)
+        if len(branches) < 20:
+            branches.append(key + bytes(len(long) - len(key)))
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    kept_here = sum(len(key) + 33 for key in branches)
+    per_node = (after - before - kept_here) / kv.tree.num_nodes
+
+    keys = {"all of it": [long], "a branch": branches}
+    print(f"\nKvCache.match, {kv.tree.num_nodes} nodes, {MATCH_TOKENS} tokens: median and p99")
+    for name, among in keys.items():
+        seconds = []
+        for i in range(MATCHES):
+            key = bytearray(among[i % len(among)])
+            start = time.thread_time()
+            kv.match(namespace, key, num_blocks)
+            seconds.append(time.thread_time() - start)
+        print(f"{name:10} {spread(seconds)}")
+    print(f"{per_node:.0f} bytes of memory per node, of which {KEY_BYTES} are its tokens")
 
 
 def main() -> None:
@@ -80,7 +148,8 @@ def main() -> None:
     for policy in ("fcfs", "priority", "sjf"):
         for num_running in (64, 256):
             for long_prompt in (False, True):
-                print(measure(policy, num_running, long_prompt=long_prompt))
+                print(measure(policy, num_running, long_prompt=long_prompt), flush=True)
+    measure_match()
 
 
 if __name__ == "__main__":
