@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -93,6 +94,12 @@ def _add_talking(commands: Any) -> None:
     ps = _add(commands, "ps", "ps", "show the models, their state and their requests")
     ps.add_argument("--json", action="store_true", help="as JSON")
     _add_target(ps)
+    top = _add(commands, "top", "top", "watch requests, memory and speed")
+    top.add_argument("--model", metavar="MODEL", help="only this one")
+    top.add_argument("--interval", metavar="SECONDS", type=_interval, default=1.0, help="1")
+    top.add_argument("--once", action="store_true", help="show it once and end")
+    top.add_argument("--json", action="store_true", help="with --once: as JSON")
+    _add_target(top)
     load = _add(commands, "load", "models", "load a model and wait until it is ready")
     load.add_argument("model", metavar="MODEL")
     load.set_defaults(action="load")
@@ -104,6 +111,16 @@ def _add_talking(commands: Any) -> None:
     reload = _add(commands, "reload", "models", "have the daemon read its configuration again")
     reload.set_defaults(action="reload", model=None)
     _add_target(reload)
+
+
+def _interval(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0.1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r}, must be seconds from 0.1 to 3600")
+    return seconds
 
 
 def _add_inspect(commands: Any) -> None:
