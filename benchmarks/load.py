@@ -123,7 +123,7 @@ async def run(url: str, model: str, scenario: Scenario, repeat: int) -> Measurem
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         if scenario.primed:
             prefix = scenario.prompts(repeat)[0][: scenario.shared]
-            await stream(session, url, model, {"prompt": prefix, "max_tokens": 1})
+            await complete(session, url, model, {"prompt": prefix, "max_tokens": 1})
         start = time.perf_counter()
         streams = await asyncio.gather(
             *(
