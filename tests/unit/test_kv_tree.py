@@ -185,12 +185,15 @@ def test_a_smaller_budget_takes_effect_as_blocks_come_back() -> None:
     kv.check()
 
 
-def test_many_random_operations_against_a_plain_oracle() -> None:
+@pytest.mark.parametrize(
+    "count", [4000, pytest.param(1_000_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
+def test_many_random_operations_against_a_plain_oracle(count: int) -> None:
     """Every sequence finds at least what a dictionary of live prefixes says it must."""
     rng = random.Random(5)
     kv = make_tables(40, num_places=12).kv
     live: list[tuple[object, Node, list[int], list[int]]] = []
-    for _ in range(4000):
+    for _ in range(count):
         if live and (rng.random() < 0.45 or len(live) > 6):
             root, node, owned, blocks = live.pop(rng.randrange(len(live)))
             kv.release(root, node, owned)  # type: ignore[arg-type]
@@ -211,7 +214,7 @@ def test_many_random_operations_against_a_plain_oracle() -> None:
                 node = kv.insert(node, key[i * KEY_BYTES : (i + 1) * KEY_BYTES], new[0])
                 owned.append(node.block)
             live.append((root, node, owned, blocks[: len(owned)]))
-        if rng.random() < 0.05:
+        if rng.random() < 200 / count:
             kv.check()
         kv.step += 1
         kv.take_copies()
