@@ -99,14 +99,10 @@ class KvCache:
         node = self.tree.find(namespace, key, num_blocks)
         if node is None:
             return Match(None, 0, 0, 0)
-        deepest, num_host = node, 0
-        while node.parent is not None and node.block == NONE:
-            num_host += 1
-            node = node.parent
-        on_device, num_device = node, node.depth
-        while node.parent is not None and self.pool.num_owners(node.block) == 0:
-            node = node.parent
-        num_used = node.depth
+        owners = self.pool.num_owners
+        deepest, on_device = node, node.climb(lambda node: node.block != NONE)
+        num_used = on_device.climb(lambda node: owners(node.block) > 0).depth
+        num_device, num_host = on_device.depth, deepest.depth - on_device.depth
         if num_host and not self.cost.fetch_is_cheaper():
             return Match(on_device, num_device, 0, num_used, num_host)
         return Match(deepest, num_device, num_host, num_used)

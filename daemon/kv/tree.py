@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from quantd.daemon.kv.namespace import Namespace
 from quantd.daemon.types import BLOCK_TOKENS
@@ -34,6 +34,7 @@ class Node:
         "depth",
         "children",
         "milestones",
+        "above",
         "block",
         "place",
         "step",
@@ -51,6 +52,8 @@ class Node:
         self.children: dict[bytes, Node] | None = None
         self.milestones: dict[bytes, Node] | None = None
         """At depths that are multiples of STRIDE: the nodes STRIDE deeper, by all keys between."""
+        self.above: Node | None = None
+        """At depths that are multiples of STRIDE: the node STRIDE above."""
         self.block = NONE
         self.place = NONE
         self.step = 0
@@ -66,6 +69,16 @@ class Node:
 
     def child(self, key: bytes) -> Node | None:
         return None if self.children is None else self.children.get(key)
+
+    def climb(self, holds: Callable[[Node], bool]) -> Node:
+        """The deepest node from here up of which `holds`; the root if there is none. If it holds of
+        a node, it must hold of all above. Takes 2 STRIDE steps and one for each STRIDE."""
+        node: Node = self
+        while (parent := node.parent) is not None and not holds(node):
+            above = node.above
+            far = above is not None and above.parent is not None and not holds(above)
+            node = above if far and above is not None else parent
+        return node
 
     def path(self) -> list[Node]:
         """From below the root to here."""
@@ -146,6 +159,7 @@ class PrefixTree:
             if above.milestones is None:
                 above.milestones = {}
             above.milestones[keys] = node
+            node.above = above
         return node
 
     def remove(self, node: Node) -> None:

@@ -418,7 +418,9 @@ class Scheduler:
     def _schedule(self, seq: Sequence, size: int) -> Chunk | None:
         """None: there is no block for even one token."""
         start, expected = seq.num_scheduled_tokens, seq.num_expected_tokens
-        stop = min(expected, start + min(size, self._tables.room_for(seq)))
+        stop = min(expected, start + size)
+        if stop > len(seq.blocks) * BLOCK_TOKENS:
+            stop = min(stop, start + self._tables.room_for(seq))
         if stop <= start:
             return None
         if stop < expected and stop % BLOCK_TOKENS <= (stop - start) // 8:

@@ -70,7 +70,7 @@ class BlockTables:
 
     def adopt(self, seq: Sequence) -> None:
         """Take over what others have computed since, or compute in this plan."""
-        if not _takes_over(seq):
+        if seq.num_scheduled_tokens + BLOCK_TOKENS >= len(seq.tokens) or not _takes_over(seq):
             return
         assert seq.node is not None
         while seq.num_scheduled_tokens + BLOCK_TOKENS < len(seq.tokens):
@@ -93,10 +93,12 @@ class BlockTables:
     def extend(self, seq: Sequence, stop: int) -> bool:
         """Blocks for the positions up to `stop`, which are then scheduled; False: there are not
         enough, and nothing has changed for the sequence."""
-        blocks = self.kv.allocate(blocks_for(stop) - len(seq.blocks))
-        if blocks is None:
-            return False
-        seq.blocks += blocks
+        missing = blocks_for(stop) - len(seq.blocks)
+        if missing:
+            blocks = self.kv.allocate(missing)
+            if blocks is None:
+                return False
+            seq.blocks += blocks
         seq.num_scheduled_tokens = stop
         self.publish(seq, merge=False)
         return True
