@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from quantd.daemon.config.load import Value, build, check_names, flag, rules
+from quantd.daemon.config.load import Value, build, check_names, check_tiers, flag, rules
 from quantd.daemon.config.rules import embedded_models
 from quantd.daemon.config.settings import ModelSettings, Settings
 from quantd.daemon.errors import ConfigError
@@ -43,6 +43,7 @@ def choose_models(
             )
         models[model.name] = model
     check_names(models, origin)
+    check_tiers(models, origin)
     return dataclasses.replace(settings, models=models, origin=origin)
 
 

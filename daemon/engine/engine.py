@@ -87,6 +87,11 @@ class Engine:
         executor.died.add_done_callback(lambda died: self._end(died.result()))
 
     @property
+    def info(self) -> ModelInfo:
+        """Of the model, with the budget for KV blocks as it is now."""
+        return self._info
+
+    @property
     def num_active(self) -> int:
         """Requests that are waiting or running."""
         return len(self._active)

@@ -58,7 +58,7 @@ class Resident:
 
     @property
     def info(self) -> ModelInfo:
-        return self._executor.info
+        return self.engine.info
 
     @property
     def pid(self) -> int:

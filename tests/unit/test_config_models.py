@@ -73,3 +73,12 @@ def test_errors(configured: Settings, tmp_path: Path) -> None:
     assert "two models are named 'a'" in fails("a", "a")
     assert "--max-context is for models named on the command line" in fails(max_context="1")
     assert '--dtype: models.a.dtype = "int3": must be one of' in fails("a", dtype="int3")
+
+
+def test_a_disk_tier_needs_a_host_tier(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text('[models.a]\npath = "embedded:demo"\ndisk_kv_path = "kv"\n')
+    with pytest.raises(ConfigError, match=r":3: models\.a\.disk_kv_path = .*host_kv_bytes above 0"):
+        load(path)
+    with pytest.raises(ConfigError, match=r"--disk-kv-path: .*host_kv_bytes above 0"):
+        choose_models(Settings(), ["demo"], {"disk_kv_path": str(tmp_path)})
