@@ -29,8 +29,11 @@ def run(arguments: argparse.Namespace) -> int:
     daemon = client.find(arguments)
     if daemon.path is None:
         raise RequestError("`quantd top` needs the daemon's Unix socket; name it with --socket")
+    look = _look(daemon)
+    names = [name for model in look.models for name in (model["name"], *model["aliases"])]
+    if arguments.model is not None and arguments.model not in names:
+        raise RequestError(f"no model is called {arguments.model!r}; there are: {', '.join(names)}")
     if arguments.once:
-        look = _look(daemon)
         if arguments.json:
             print(json.dumps(look.as_json(), indent=2))
         else:

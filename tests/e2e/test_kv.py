@@ -191,7 +191,7 @@ def test_the_budget_changes_while_it_runs(serve: Callable[..., Daemon]) -> None:
 def test_random_load_over_all_tiers(
     serve: Callable[..., Daemon], plain: Daemon, tmp_path: Path
 ) -> None:
-    """A short one; `benchmarks/soak.py` goes on for as long as one likes."""
+    """Every answer that was not timed out is what it is alone; then nothing is held."""
     arguments = ["--kv-bytes", "3MiB", "--host-kv-bytes", "2MiB", "--max-context", "400"]
     arguments += ["--disk-kv-path", str(tmp_path / "kv"), "--disk-kv-bytes", "4MiB"]
     arguments += ["--policy", "priority", "--max-running", "6"]

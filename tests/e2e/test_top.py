@@ -101,6 +101,8 @@ def test_once(demo: Daemon) -> None:
     assert text.startswith("demo  ready  running ")
     data = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
     assert json.loads(data)["engines"]["demo"]["kv"]["block_bytes"] > 0
+    wrong = subprocess.run([*command, "--model", "nope"], capture_output=True, text=True)
+    assert wrong.returncode != 0 and "no model is called 'nope'; there are: demo" in wrong.stderr
     plain = subprocess.run(
         [word for word in command if word != "--once"], capture_output=True, text=True
     )
