@@ -26,12 +26,13 @@ class ClientError(QuantdError):
 
 
 class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost")
+    def __init__(self, path: Path, timeout: float | None) -> None:
+        super().__init__("localhost", timeout=timeout)
         self._path = path
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
         self.sock.connect(_address(self._path))
 
 
@@ -43,14 +44,16 @@ class Target:
     host: str = ""
     port: int = 0
     api_key: str | None = None
+    timeout: float | None = None
+    """Seconds that the daemon may be silent; None: any. A model may take minutes to load."""
 
     def __str__(self) -> str:
         return str(self.path) if self.path is not None else f"http://{self.host}:{self.port}"
 
     def connect(self) -> http.client.HTTPConnection:
         if self.path is not None:
-            return _UnixConnection(self.path)
-        return http.client.HTTPConnection(self.host, self.port)
+            return _UnixConnection(self.path, self.timeout)
+        return http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
 
     def answers(self) -> bool:
         """Whether something listens there."""

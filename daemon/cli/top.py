@@ -13,6 +13,7 @@ import time
 import tty
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from quantd.daemon.cli import client
@@ -22,11 +23,14 @@ from quantd.daemon.errors import RequestError
 _ENTER = "\x1b[?1049h\x1b[?25l"
 """The other screen, without a cursor."""
 _LEAVE = "\x1b[?25h\x1b[?1049l"
+_PATIENCE = 3.0
+"""Seconds."""
 _QUIT = frozenset("qQ\x1b\x03\x04")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    daemon = client.find(arguments)
+    # One that hangs must not keep the terminal: no key and no signal is seen while it is asked.
+    daemon = replace(client.find(arguments), timeout=_PATIENCE)
     if daemon.path is None:
         raise RequestError("`quantd top` needs the daemon's Unix socket; name it with --socket")
     look = _look(daemon)

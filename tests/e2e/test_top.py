@@ -95,6 +95,18 @@ def test_a_daemon_that_goes_away_is_one_line(serve: Callable[..., Daemon]) -> No
     terminal.read_until(b"cannot reach a daemon at")
 
 
+def test_a_daemon_that_hangs_does_not_keep_the_terminal(serve: Callable[..., Daemon]) -> None:
+    daemon = serve("demo")
+    terminal = Terminal(daemon)
+    terminal.read_until(b"prefix hits")
+    daemon.process.send_signal(signal.SIGSTOP)
+    try:
+        assert terminal.ended() == 1
+        terminal.read_until(b"timed out")
+    finally:
+        daemon.process.send_signal(signal.SIGCONT)
+
+
 def test_once(demo: Daemon) -> None:
     command = [sys.executable, "-m", "quantd.daemon", "top", "--once", "--socket", str(demo.socket)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
