@@ -19,6 +19,7 @@ from torch import Tensor
 from quantd.daemon.gguf.config import model_config
 from quantd.daemon.gguf.names import INTERLEAVED, to_hf
 from quantd.daemon.gguf.reader import GgufError, GgufModel, GgufTensor, open_gguf
+from quantd.daemon.worker.machine import MAP_NORESERVE
 from quantd.plugins.api import Refused
 
 _FLOATS = {
@@ -35,8 +36,6 @@ _FLOATS = {
 _FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that are part of the configuration."""
 _GEMMA = ("gemma2", "gemma3")
-_MAP_NORESERVE = 0x4000 if hasattr(mmap, "MAP_POPULATE") else 0
-"""Linux: the private mapping is never written, so it need not count as committed memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +210,7 @@ def _map(path: Path) -> mmap.mmap:
         return mmap.mmap(
             file.fileno(),
             0,
-            flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
+            flags=mmap.MAP_PRIVATE | MAP_NORESERVE,
             prot=mmap.PROT_READ | mmap.PROT_WRITE,
         )
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from pathlib import Path
+
+MAP_NORESERVE = 0x4000 if hasattr(mmap, "MAP_POPULATE") else 0
+"""Linux: a private mapping of which little may ever be written does not count as committed."""
 
 _CGROUP = Path("/sys/fs/cgroup")
 _TOPOLOGY = Path("/sys/devices/system/cpu")

@@ -7,6 +7,7 @@ gives a page when a block is first written, so a pool costs what was used of it,
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantd.daemon.types import BLOCK_TOKENS
-from quantd.daemon.worker.machine import available_memory, total_memory
+from quantd.daemon.worker.machine import MAP_NORESERVE, available_memory, total_memory
 from quantd.daemon.worker.models.config import ModelConfig
 from quantd.plugins.api import Refused
 
@@ -115,19 +116,31 @@ def allocate(
 ) -> KvPools:
     bytes_per_block = block_bytes(config, dtype)
     blocks = num_blocks(kv_bytes, bytes_per_block, max_context, _available(device))
-    shape = (blocks, config.num_kv_heads, BLOCK_TOKENS, config.head_dim)
+    shape = (config.num_kv_heads, BLOCK_TOKENS, config.head_dim)
 
     def pools(room: int) -> tuple[Tensor, ...]:
-        sizes = (room, *shape[1:])
-        return tuple(torch.empty(sizes, dtype=dtype, device=device) for _ in config.layers)
+        if device.type == "cpu":
+            return tuple(_reserve((room, *shape), dtype) for _ in config.layers)
+        return tuple(torch.empty(room, *shape, dtype=dtype, device=device) for _ in config.layers)
 
     room = blocks
     if device.type == "cpu":
         room = max(blocks, total_memory() // bytes_per_block)
     try:
         return KvPools(pools(room), pools(room), blocks, bytes_per_block)
-    except RuntimeError:  # a system that does not hand out address space beyond its memory
+    except OSError:  # a system that does not hand out address space beyond its memory
         return KvPools(pools(blocks), pools(blocks), blocks, bytes_per_block)
+
+
+def _reserve(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros on pages that exist once they are written. OSError when there is no address space.
+
+    Not torch.empty, whose memory the system counts as promised: a process that holds several pools
+    could no longer fork.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def num_host_blocks(host_kv_bytes: int, bytes_per_block: int) -> int:

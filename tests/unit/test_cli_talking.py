@@ -166,10 +166,17 @@ class Terminal:
     """`quantd run` on a terminal of its own."""
 
     def __init__(self, *arguments: str) -> None:
-        self.pid, self.master = pty.fork()
-        if self.pid == 0:
-            os.environ["TERM"] = "dumb"
-            os.execv(sys.executable, [sys.executable, "-m", "quantd.daemon", *arguments])
+        # Not pty.fork: a child of a process that has reserved much address space may be refused.
+        self.master, slave = pty.openpty()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "quantd.daemon", *arguments],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            env={**os.environ, "TERM": "dumb"},
+        )
+        os.close(slave)
         self.text = ""
         self._bytes = b""
 
@@ -184,9 +191,12 @@ class Terminal:
         """Ctrl-C at the prompt, again until something happens: one that comes after the prompt is
         written and before the program reads is seen only when it has read."""
         while True:
-            os.kill(self.pid, signal.SIGINT)
+            self.send_interrupt()
             if select.select([self.master], [], [], 1)[0]:
                 return
+
+    def send_interrupt(self) -> None:
+        self._process.send_signal(signal.SIGINT)
 
     def read(self) -> None:
         """Waits for more text."""
@@ -203,7 +213,7 @@ class Terminal:
         os.write(self.master, line.encode() + b"\n")
 
     def wait(self) -> int:
-        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        status = self._process.wait(30)
         os.close(self.master)
         return status
 
@@ -241,7 +251,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(daemon: Daemon) -> None:
     # The spinner's own line is cleared before the answer begins.
     while (last := terminal.text.rpartition("\x1b[K")[2]) == "" or "waiting" in last:
         terminal.read()
-    os.kill(terminal.pid, signal.SIGINT)
+    terminal.send_interrupt()
     terminal.until("(stopped)")
     terminal.until(">>> ")
     terminal.type("/bye")
