@@ -15,6 +15,8 @@ from quantd.daemon.kv.stats import DIRECTIONS, KvStats
 from quantd.daemon.kv.tree import NONE, Node, PrefixTree, Root
 from quantd.daemon.types import BlockCopy, DiskDone, DiskOp, StepResult
 
+_MEASURED_TOKENS = 32
+"""Of prompts in a step, for its time to say what computing costs."""
 _WRITING_SHARE = 4
 """At most a quarter of the host's places may wait for the disk."""
 
@@ -260,7 +262,7 @@ class KvCache:
         """A plan was executed: learn what copying and computing cost."""
         moved = self._sent.pop(result.step, 0)
         self.cost.copied(moved, result.copy_seconds)
-        if num_tokens > 4 * num_sampled and num_tokens >= 64:
+        if num_tokens > 4 * num_sampled and num_tokens - num_sampled >= _MEASURED_TOKENS:
             self.cost.computed(num_tokens, result.seconds - result.copy_seconds)
 
     def disk_done(self, done: DiskDone) -> set[int]:

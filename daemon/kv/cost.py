@@ -24,7 +24,7 @@ class CostModel:
 
     def computed(self, num_tokens: int, seconds: float) -> None:
         """A step that was mostly prompts took so long."""
-        if num_tokens > 0:
+        if num_tokens > 0 and seconds > 0:
             self.token_seconds = _mean(self.token_seconds, seconds / num_tokens)
 
     def copied(self, num_blocks: int, seconds: float) -> None:

@@ -35,6 +35,12 @@ from quantd.daemon.types import (
     TokenLogprob,
 )
 
+STEP_SECONDS = 0.5
+LEAST_TOKENS = 64
+"""Of prompts in a step, however slow: fewer rows would mostly read the weights again."""
+FIRST_TOKENS = 256
+"""In a step, before it is known how long one takes."""
+
 PreemptionReason = Literal["memory", "priority"]
 """The blocks ran out, or one that goes first took the place."""
 PREEMPTION_REASONS: tuple[PreemptionReason, ...] = ("memory", "priority")
@@ -251,7 +257,7 @@ class Scheduler:
         self._start_waiting(now)
         going = [seq for seq in self._running if self._goes_on(seq)]
         left = [seq.num_expected_tokens - seq.num_scheduled_tokens for seq in going]
-        sizes = share_budget(self._settings.token_budget, left) if going else []
+        sizes = share_budget(self._budget(len(going)), left) if going else []
         chunks = self._place(going, sizes, now)
         if not chunks and not self._kv.has_orders:
             return None
@@ -395,6 +401,13 @@ class Scheduler:
             return True
         num_output = expected - seq.num_prompt_tokens
         return num_output < seq.request.sampling.max_tokens and expected < self._max_context
+
+    def _budget(self, num_going: int) -> int:
+        """Tokens of this step: `token_budget`, or what takes STEP_SECONDS where that is less. A
+        step cannot be interrupted: it is what those that decode, arrive or leave wait for."""
+        token_seconds = self._kv.cost.token_seconds
+        fast = FIRST_TOKENS if token_seconds is None else int(STEP_SECONDS / token_seconds)
+        return min(self._settings.token_budget, max(fast, num_going + LEAST_TOKENS))
 
     def _place(self, going: list[Sequence], sizes: list[int], now: float) -> list[Chunk]:
         """Give blocks and a chunk of up to sizes[i] tokens to going[i], from the front.
