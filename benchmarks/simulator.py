@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from quantd.daemon.config import SchedulerSettings
 from quantd.daemon.kv.cache import KvCache
 from quantd.daemon.kv.pool import BlockPool
-from quantd.daemon.scheduler.scheduler import Scheduler, SequenceUpdate
+from quantd.daemon.scheduler.scheduler import Scheduler
 from quantd.daemon.scheduler.sequence import Sequence
 from quantd.daemon.scheduler.tables import BlockTables
+from quantd.daemon.scheduler.updates import SequenceUpdate
 from quantd.daemon.types import Request, Sampled, SamplingParams, StepPlan, StepResult
 
 STOP = 2

@@ -153,6 +153,10 @@ class ModelInfo(msgspec.Struct, frozen=True, tag="loaded"):
     kv_revision: str = ""
     """A digest of all that decides what a KV block holds beside its tokens: the weights, their
     formats, the dtype, the rope settings, the kernels. Blocks of two revisions never mix."""
+    window: int = 0
+    """Keys that a row sees in layers with a sliding window, at most; 0: there is no such layer."""
+    window_share: float = 0.0
+    """The part of a block's bytes that is theirs and can be given up alone; 0: none can."""
 
 
 class WorkerFailed(msgspec.Struct, frozen=True, tag="failed"):
@@ -189,12 +193,13 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
 
 
 class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
-    """Copy one block's bytes over all layers. In a plan they happen one after another in order,
-    before any chunk runs; a block that a chunk of an earlier plan wrote is complete by then."""
+    """Copy one block's bytes over all layers, or give some up. In a plan they happen one after
+    another in order, before any chunk runs; what a chunk of an earlier plan wrote is complete."""
 
-    kind: Literal["cow", "spill", "fetch"]
+    kind: Literal["cow", "spill", "fetch", "trim"]
     """cow: block to block; spill: block `src` to host place `dst`; fetch: host place `src` to
-    block `dst`."""
+    block `dst`; trim: nothing is copied, the bytes of `src` in layers with a window are given up
+    until it is written again."""
     src: int
     dst: int
 

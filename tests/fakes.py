@@ -18,10 +18,12 @@ from quantd.daemon.errors import Unavailable
 from quantd.daemon.kv.cache import KvCache
 from quantd.daemon.kv.disk import DiskIndex
 from quantd.daemon.kv.pool import BlockPool
-from quantd.daemon.scheduler.scheduler import Scheduler, SequenceUpdate
+from quantd.daemon.kv.window import NO_WINDOW, Window
+from quantd.daemon.scheduler.scheduler import Scheduler
 from quantd.daemon.scheduler.sequence import Phase
 from quantd.daemon.scheduler.sequence import Sequence as Running
 from quantd.daemon.scheduler.tables import BlockTables
+from quantd.daemon.scheduler.updates import SequenceUpdate
 from quantd.daemon.types import (
     BLOCK_TOKENS,
     BlockCopy,
@@ -130,8 +132,14 @@ class FakeWorker:
     output.
     """
 
-    def __init__(self, num_blocks: int = 64, next_token: NextToken = hashed_token) -> None:
+    def __init__(
+        self, num_blocks: int = 64, next_token: NextToken = hashed_token, window: int = 0
+    ) -> None:
         self.num_blocks = num_blocks
+        self.window = window
+        """Of the layers that are trimmed; 0: there are none."""
+        self.trimmed: set[int] = set()
+        """Blocks that have lost what these layers had of them."""
         self.next_token = next_token
         self.rows: dict[int, _Row] = {}
         self.errors: dict[int, str] = {}
@@ -160,6 +168,7 @@ class FakeWorker:
             row = self.rows[rebind.seq]
             old, row.blocks[rebind.index] = row.blocks[rebind.index], rebind.block
             assert self._read(old) == self._read(rebind.block), "a rebind changes the bytes"
+            assert rebind.block not in self.trimmed
         for copy in plan.copies:
             self._copy(copy)
         for op in plan.disk:
@@ -187,6 +196,7 @@ class FakeWorker:
         assert len(row.blocks) == -(-chunk.stop // BLOCK_TOKENS), "as many blocks as needed"
         assert all(0 <= block < self.num_blocks for block in chunk.blocks)
         self._check_unshared(row, chunk)
+        self._check_window(row, chunk)
         for position in range(chunk.start, chunk.stop):
             self._kv[self._slot(row, position)] = row.tokens[position]
         row.num_computed_tokens = chunk.stop
@@ -200,16 +210,31 @@ class FakeWorker:
                 done = other.blocks[: -(-other.num_computed_tokens // BLOCK_TOKENS)]
                 assert written.isdisjoint(done), "a write to a shared block"
 
+    def _check_window(self, row: _Row, chunk: Chunk) -> None:
+        """What it computes sees whole blocks only."""
+        for block in row.blocks[-(-chunk.start // BLOCK_TOKENS) :]:
+            self.trimmed.discard(block)  # written from its beginning
+        if self.window:
+            first = max(0, chunk.start - self.window + 1)
+            seen = row.blocks[first // BLOCK_TOKENS :]
+            assert self.trimmed.isdisjoint(seen), "a block inside of the window is trimmed"
+
     def _read(self, block: int) -> list[int | None]:
         start = block * BLOCK_TOKENS
         return [self._kv.get(slot) for slot in range(start, start + BLOCK_TOKENS)]
 
     def _fill(self, block: int, content: list[int | None]) -> None:
+        self.trimmed.discard(block)
         for offset, token in enumerate(content):
             if token is not None:
                 self._kv[block * BLOCK_TOKENS + offset] = token
 
     def _copy(self, copy: BlockCopy) -> None:
+        if copy.kind == "trim":
+            assert self.window
+            self.trimmed.add(copy.src)
+            return
+        assert copy.kind == "fetch" or copy.src not in self.trimmed, "a copy of a trimmed block"
         if copy.kind == "spill":
             self.host[copy.dst] = self._read(copy.src)
         else:
@@ -347,13 +372,15 @@ def make_tables(
     disk_files: int = 0,
     share: bool = True,
     capacity: int | None = None,
+    window: Window = NO_WINDOW,
 ) -> BlockTables:
     """A KV cache with so many blocks, host places and files, none of them used."""
     disk = DiskIndex(disk_files) if disk_files else None
     if disk is not None:
         disk.open((), 1)
     host = BlockPool(num_places) if num_places else None
-    cache = KvCache(BlockPool(num_blocks, capacity), host, disk, block_bytes=BLOCK_TOKENS * 4)
+    pool = BlockPool(num_blocks, capacity, window.share)
+    cache = KvCache(pool, host, disk, BLOCK_TOKENS * 4, window)
     return BlockTables(cache, "fake", share)
 
 
@@ -378,7 +405,7 @@ class StepLoop:
         self.kv = self.tables.kv
         self.pool = self.kv.pool
         self.scheduler = Scheduler(self.tables, self.settings, max_context)
-        self.worker = FakeWorker(self.pool.capacity)
+        self.worker = FakeWorker(self.pool.capacity, window=self.kv.window.tokens)
         self.clock = ManualClock()
         self.max_context = max_context
         self.sequences: dict[int, Running] = {}

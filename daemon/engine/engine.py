@@ -18,8 +18,9 @@ from quantd.daemon.engine.stats import EngineStats, RequestState
 from quantd.daemon.engine.stream import Leaving, TokenStream
 from quantd.daemon.errors import RequestError, Unavailable
 from quantd.daemon.scheduler import admission
-from quantd.daemon.scheduler.scheduler import Scheduler, SequenceUpdate
+from quantd.daemon.scheduler.scheduler import Scheduler
 from quantd.daemon.scheduler.sequence import Sequence
+from quantd.daemon.scheduler.updates import SequenceUpdate
 from quantd.daemon.types import DiskDone, DiskIndex, ModelInfo, Request, StepPlan, StepResult
 
 _log = structlog.get_logger("quantd.engine")

@@ -19,6 +19,7 @@ from quantd.daemon.errors import QuantdError, Unavailable
 from quantd.daemon.kv.cache import KvCache
 from quantd.daemon.kv.disk import DiskIndex
 from quantd.daemon.kv.pool import BlockPool
+from quantd.daemon.kv.window import Window
 from quantd.daemon.scheduler.scheduler import Scheduler
 from quantd.daemon.scheduler.tables import BlockTables
 from quantd.daemon.text import TextModel
@@ -123,12 +124,13 @@ async def _discard(worker: asyncio.Future[LoadedExecutor]) -> None:
 
 
 def _cache(info: ModelInfo, model: ModelSettings) -> KvCache:
-    pool = BlockPool(info.num_blocks, max(info.max_blocks, info.num_blocks))
+    most = max(info.max_blocks, info.num_blocks)
+    pool = BlockPool(info.num_blocks, most, info.window_share)
     host = BlockPool(info.num_host_blocks) if info.num_host_blocks else None
     # Blocks that nobody else may use are of no use later either.
     keeps = model.disk_kv_path is not None and host is not None and model.prefix_cache
     disk = DiskIndex(model.disk_kv_bytes) if keeps else None
-    return KvCache(pool, host, disk, info.block_bytes)
+    return KvCache(pool, host, disk, info.block_bytes, Window(info.window, info.window_share))
 
 
 def _frame(model: ModelSettings) -> LoadModel:

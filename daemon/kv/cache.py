@@ -13,6 +13,7 @@ from quantd.daemon.kv.pool import BlockPool
 from quantd.daemon.kv.reading import DiskReads
 from quantd.daemon.kv.stats import DIRECTIONS, KvStats
 from quantd.daemon.kv.tree import NONE, Node, PrefixTree, Root
+from quantd.daemon.kv.window import NO_WINDOW, Window
 from quantd.daemon.types import BlockCopy, DiskDone, DiskOp, StepResult
 
 _MEASURED_TOKENS = 32
@@ -57,8 +58,10 @@ class KvCache:
         host: BlockPool | None = None,
         disk: DiskIndex | None = None,
         block_bytes: int = 0,
+        window: Window = NO_WINDOW,
     ) -> None:
         self.pool = pool
+        self.window = window
         self.host = host
         self.disk = disk
         self.tree = PrefixTree()
@@ -86,7 +89,7 @@ class KvCache:
     @property
     def num_available(self) -> int:
         """Blocks that `allocate` can give: the free ones and the cached."""
-        return self.pool.num_free + self.pool.num_cached
+        return self.pool.num_available
 
     def allocate(self, n: int) -> list[int] | None:
         """`n` blocks with one owner each; cached ones are given up for them. None: there are not
@@ -99,6 +102,8 @@ class KvCache:
     def match(self, namespace: Namespace, key: bytes | bytearray, num_blocks: int) -> Match:
         """The longest known beginning, at most `num_blocks` blocks of it. Changes nothing."""
         node = self.tree.find(namespace, key, num_blocks)
+        if node is not None and self.pool.num_trimmed:
+            node = self._continuable(node)
         if node is None:
             return Match(None, 0, 0, 0)
         owners = self.pool.num_owners
@@ -108,6 +113,16 @@ class KvCache:
         if num_host and not self.cost.fetch_is_cheaper():
             return Match(on_device, num_device, 0, num_used, num_host)
         return Match(deepest, num_device, num_host, num_used)
+
+    def _continuable(self, node: Node) -> Node | None:
+        """The deepest node from here up whose last window is whole; None: not even one."""
+        found, num_whole, above = node, 0, node
+        while above.parent is not None and num_whole < self.window.num_blocks:
+            whole = above.block == NONE or not self.pool.is_trimmed(above.block)
+            num_whole = num_whole + 1 if whole else 0
+            found = found if whole else above.parent
+            above = above.parent
+        return None if found.parent is None else found
 
     def start(self, namespace: Namespace, match: Match) -> tuple[Root, Node, list[int]]:
         """A sequence begins with what was matched: (root, deepest node, its blocks, owned).
@@ -132,10 +147,19 @@ class KvCache:
     def adopt_next(self, node: Node, key: bytes) -> Node | None:
         """The child `key` on the device, with one owner more; None: compute it."""
         child = node.child(key)
-        if child is None or child.block == NONE:
+        if child is None or child.block == NONE or self.pool.is_trimmed(child.block):
             return None
         self.pool.retain((child.block,))
         return child
+
+    def trim(self, block: int) -> bool:
+        """Give up what layers with a window hold of a block, which its only owner has left behind.
+        False: it has other owners, or is trimmed already."""
+        if self.pool.num_owners(block) != 1 or self.pool.is_trimmed(block):
+            return False
+        self.pool.trim(block)
+        self._copies.append(BlockCopy("trim", block, block))
+        return True
 
     def copy_on_write(self, node: Node) -> int | None:
         """A block of one's own with the bytes of `node`'s, to write to. None: there is none, or
@@ -148,15 +172,22 @@ class KvCache:
         self._copies.append(BlockCopy("cow", node.block, blocks[0]))
         return blocks[0]
 
-    def insert(self, parent: Node, key: bytes, block: int) -> Node:
+    def insert(self, parent: Node, key: bytes, block: int) -> Node | None:
         """`block`, which the caller owns and this or an earlier plan computes, becomes known.
 
         When an equal one is known already, that one is returned, owned by the caller in place of
-        `block`, which is given back.
+        `block`, which is given back. None: that one is trimmed, and somebody still works with it.
         """
         child = parent.child(key)
         if child is None:
             child = self.tree.add(parent, key)
+        elif child.block != NONE and self.pool.is_trimmed(child.block):
+            if self.pool.num_owners(child.block):
+                return None
+            self.pool.unhold(child.block)
+            child.block, child.step = block, self.step
+            self.pool.hold(block)
+            return child
         elif child.block != NONE:
             self.pool.retain((child.block,))
             self.pool.release((block,))
@@ -226,7 +257,8 @@ class KvCache:
             return False
         while self._unsaved and self._may_write:
             node = self._unsaved[0]
-            if node.block != NONE and digest_of(node) not in disk and node.place == NONE:
+            whole = node.block != NONE and not self.pool.is_trimmed(node.block)
+            if whole and digest_of(node) not in disk and node.place == NONE:
                 place = self.take_place()
                 if place is None:
                     break
@@ -243,7 +275,7 @@ class KvCache:
     def take_copies(self) -> tuple[BlockCopy, ...]:
         """In order, for the plan that is being made."""
         copies, self._copies = tuple(self._copies), []
-        moved = sum(copy.kind != "cow" for copy in copies)
+        moved = sum(copy.kind in ("spill", "fetch") for copy in copies)
         if moved:
             self._sent[self.step] = moved
         return copies
@@ -289,6 +321,7 @@ class KvCache:
             free=pool.num_free,
             used=pool.num_used,
             cached=pool.num_cached,
+            trimmed=pool.num_trimmed,
             host_free=0 if host is None else host.num_free,
             host_cached=in_host,
             disk_free=max(0, capacity - in_disk),
@@ -352,7 +385,8 @@ class KvCache:
         node = self._device_queue.pop()
         if node is None:
             return False
-        if node.place == NONE and self.host is not None:
+        whole = not self.pool.is_trimmed(node.block)
+        if whole and node.place == NONE and self.host is not None:
             place = self.take_place()
             if place is not None:
                 self._copies.append(BlockCopy("spill", node.block, place))

@@ -10,15 +10,29 @@ class BlockPool:
     """The ids [0, capacity), of which at most `limit` are in use at once.
 
     A block is *used* when a sequence owns it, *cached* when no sequence does and the prefix tree
-    holds it, else free. Invariant: `num_used + num_cached + num_free == limit`, where num_free is
-    below zero for a while after the limit was lowered. The lowest free ids go out first, so
+    holds it, else free. A used or cached block may be *trimmed*: it then counts only for what it
+    has kept of its bytes. Invariant: `num_used + num_cached + num_free - num_given == limit`, where
+    num_given is what trimming has given back, and num_free is below zero for a while after the
+    limit was lowered. The lowest free ids go out first, so
     that a pool whose memory is committed on first touch stays as small as its load ever was.
     Called by one owner on the event loop; not thread-safe.
     """
 
-    __slots__ = ("capacity", "limit", "num_used", "num_cached", "_owners", "_held", "_freed")
+    __slots__ = (
+        "capacity",
+        "limit",
+        "num_used",
+        "num_cached",
+        "_share",
+        "_owners",
+        "_held",
+        "_freed",
+        "_trimmed",
+        "_num_trimmed_used",
+    )
 
-    def __init__(self, limit: int, capacity: int | None = None) -> None:
+    def __init__(self, limit: int, capacity: int | None = None, trim_share: float = 0.0) -> None:
+        """`trim_share`: of its bytes, what a block gives back when it is trimmed."""
         assert limit >= 1
         self.capacity = limit if capacity is None else capacity
         assert self.capacity >= limit
@@ -26,6 +40,9 @@ class BlockPool:
         """Set by `resize` only."""
         self.num_used = 0
         self.num_cached = 0
+        self._share = trim_share
+        self._trimmed: set[int] = set()
+        self._num_trimmed_used = 0
         # The ids [0, len) were given out at least once; those from len on are free, and no list
         # of them exists: a pool of a million blocks costs nothing before it is used.
         self._owners: list[int] = []
@@ -34,7 +51,35 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        return self.limit - self.num_used - self.num_cached
+        return self._left(self.num_used + self.num_cached, len(self._trimmed))
+
+    @property
+    def num_available(self) -> int:
+        """What is free once no block is cached any more."""
+        return self._left(self.num_used, self._num_trimmed_used)
+
+    def _left(self, num_blocks: int, num_trimmed: int) -> int:
+        """Beside so many blocks, so many of them trimmed."""
+        if not num_trimmed:
+            return self.limit - num_blocks
+        return min(self.limit + self.given_by(num_trimmed), self.capacity) - num_blocks
+
+    @property
+    def num_trimmed(self) -> int:
+        return len(self._trimmed)
+
+    def given_by(self, num_trimmed: int) -> int:
+        """Whole blocks that so many trimmed ones give back."""
+        return int(self._share * num_trimmed)
+
+    def is_trimmed(self, block: int) -> bool:
+        return block in self._trimmed
+
+    def trim(self, block: int) -> None:
+        """A used block gives back a part of its bytes, until it is free."""
+        assert self._share and self.num_owners(block) > 0 and block not in self._trimmed
+        self._trimmed.add(block)
+        self._num_trimmed_used += 1
 
     def num_owners(self, block: int) -> int:
         """How many sequences own the block."""
@@ -69,6 +114,7 @@ class BlockPool:
                 assert self.is_held(block), f"block {block} is free, nobody may retain it"
                 self.num_cached -= 1
                 self.num_used += 1
+                self._num_trimmed_used += block in self._trimmed
             self._owners[block] = owners + 1
 
     def release(self, blocks: Iterable[int]) -> None:
@@ -79,10 +125,11 @@ class BlockPool:
             self._owners[block] = owners - 1
             if owners == 1:
                 self.num_used -= 1
+                self._num_trimmed_used -= block in self._trimmed
                 if self._held[block]:
                     self.num_cached += 1
                 else:
-                    heapq.heappush(self._freed, block)
+                    self._free(block)
 
     def is_held(self, block: int) -> bool:
         return block < len(self._held) and self._held[block] != 0
@@ -98,7 +145,11 @@ class BlockPool:
         self._held[block] = 0
         if self._owners[block] == 0:
             self.num_cached -= 1
-            heapq.heappush(self._freed, block)
+            self._free(block)
+
+    def _free(self, block: int) -> None:
+        self._trimmed.discard(block)
+        heapq.heappush(self._freed, block)
 
     def resize(self, limit: int) -> None:
         """How many blocks may be in use from now on. When it is lowered below what is in use,
@@ -131,5 +182,7 @@ class BlockPool:
         pairs = list(enumerate(zip(self._owners, self._held, strict=True)))
         unowned = [block for block, (owners, held) in pairs if owners == 0 and not held]
         assert sorted(self._freed) == unowned, "the free list is not the list of unowned blocks"
+        assert self._trimmed.isdisjoint(unowned), "a free block is still trimmed"
+        assert self._num_trimmed_used == sum(self._owners[block] > 0 for block in self._trimmed)
         cached = sum(owners == 0 and held != 0 for _, (owners, held) in pairs)
         assert (used, cached) == (self.num_used, self.num_cached)

@@ -24,6 +24,9 @@ class KvStats(NamedTuple):
     """Held by at least one running sequence."""
     cached: int
     """Held by the prefix tree alone: given up, oldest first, when others need the place."""
+    trimmed: int
+    """Of the used and the cached, those whose part in layers with a window was given back; the
+    pool's budget holds that many parts more."""
     host_free: int
     host_cached: int
     """0 and 0 without a host pool."""

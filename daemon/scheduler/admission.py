@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from quantd.daemon.errors import ContextLengthExceeded, QueueFull, RequestError
+from quantd.daemon.kv.window import Window
 from quantd.daemon.scheduler.scheduler import Scheduler
 from quantd.daemon.scheduler.sequence import blocks_for
 from quantd.daemon.types import BLOCK_TOKENS, ModelInfo, Request
@@ -16,8 +17,15 @@ def usable_context(info: ModelInfo) -> int:
 
     Where a caller gives no max_tokens, the output may go on to here.
     """
+    most = _window(info).most_blocks(info.num_blocks)
+    if most is None or most > info.max_blocks > 0:
+        most = info.max_blocks
     # One more than the pool holds, because the last token is sampled and never computed.
-    return min(info.max_context, info.num_blocks * BLOCK_TOKENS + 1)
+    return min(info.max_context, most * BLOCK_TOKENS + 1)
+
+
+def _window(info: ModelInfo) -> Window:
+    return Window(info.window, info.window_share)
 
 
 def check(request: Request, info: ModelInfo, scheduler: Scheduler, now: float) -> None:
@@ -46,7 +54,8 @@ def check_context(request: Request, max_context: int) -> None:
 
 def check_pool(request: Request, info: ModelInfo) -> None:
     prompt, completion = len(request.prompt), request.sampling.max_tokens
-    needed = blocks_for(prompt + completion - 1)
+    cost = _window(info).cost
+    needed = cost(blocks_for(prompt + completion - 1))
     if needed <= info.num_blocks:
         return
     raise RequestError(
@@ -54,7 +63,7 @@ def check_pool(request: Request, info: ModelInfo) -> None:
         f"the completion), which is {needed} KV blocks of {BLOCK_TOKENS} tokens, and there are "
         f"{info.num_blocks} in all. Ask for fewer tokens, or set kv_bytes of the model to at least "
         f"{needed * info.block_bytes}.",
-        param="prompt" if blocks_for(len(request.prompt)) > info.num_blocks else "max_tokens",
+        param="prompt" if cost(blocks_for(len(request.prompt))) > info.num_blocks else "max_tokens",
         code="kv_cache_too_small",
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 
 from quantd.daemon.scheduler.sequence import Sequence
+from quantd.daemon.types import BLOCK_TOKENS
 
 
 class Deadlines:
@@ -33,3 +34,29 @@ class Deadlines:
             if seq is not None:
                 found.append(seq)
         return found
+
+
+def is_hopeless(seq: Sequence, now: float, token_seconds: float | None) -> bool:
+    """Not even its first token can be there in time, by what computing a token has cost so far."""
+    deadline = seq.request.deadline
+    if deadline is None or token_seconds is None:
+        return False
+    num_left = len(seq.tokens) - seq.num_known_blocks * BLOCK_TOKENS
+    return now + num_left * token_seconds > deadline
+
+
+def why_over(seq: Sequence) -> str:
+    assert seq.request.deadline is not None
+    seconds = seq.request.deadline - seq.request.arrival
+    made = f"{seq.num_output_tokens} of at most {seq.request.sampling.max_tokens} tokens were made"
+    doing = made if seq.started_at is not None else "the request was still waiting"
+    return f"the timeout of {seconds:g} s is over: {doing}"
+
+
+def why_hopeless(seq: Sequence) -> str:
+    assert seq.request.deadline is not None
+    seconds = seq.request.deadline - seq.request.arrival
+    return (
+        f"the timeout of {seconds:g} s cannot be met: at the present speed the "
+        f"{seq.num_prompt_tokens} tokens of the prompt take longer than what is left of it"
+    )

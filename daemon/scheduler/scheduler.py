@@ -8,12 +8,10 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-import msgspec
-
 from quantd.daemon.config import SchedulerSettings
 from quantd.daemon.kv.cache import KvCache, Match
 from quantd.daemon.kv.tree import TOKEN_BYTES
-from quantd.daemon.scheduler.deadlines import Deadlines
+from quantd.daemon.scheduler.deadlines import Deadlines, is_hopeless, why_hopeless, why_over
 from quantd.daemon.scheduler.fetching import FetchQueue
 from quantd.daemon.scheduler.pace import StartPace
 from quantd.daemon.scheduler.policy import Key, make_policy
@@ -22,13 +20,13 @@ from quantd.daemon.scheduler.sequence import Phase, Sequence, blocks_for
 from quantd.daemon.scheduler.share import share_budget
 from quantd.daemon.scheduler.shares import CallerShares
 from quantd.daemon.scheduler.tables import BlockTables
+from quantd.daemon.scheduler.updates import SequenceUpdate, finish_reason, keep_prompt_logprobs
 from quantd.daemon.types import (
     BLOCK_TOKENS,
     Chunk,
     DiskDone,
     FinishReason,
     NewSequence,
-    PromptLogprobs,
     Sampled,
     StepPlan,
     StepResult,
@@ -44,21 +42,6 @@ FIRST_TOKENS = 256
 PreemptionReason = Literal["memory", "priority"]
 """The blocks ran out, or one that goes first took the place."""
 PREEMPTION_REASONS: tuple[PreemptionReason, ...] = ("memory", "priority")
-
-
-class SequenceUpdate(msgspec.Struct, frozen=True):
-    """What one step brought to one sequence: a token, or its end by an error."""
-
-    seq: Sequence
-    tokens: tuple[int, ...] = ()
-    """In order. A stop token that ended the sequence is the last of them, and counts as output;
-    finish_reason "stop" means just that, so whoever makes text leaves the last token out."""
-    logprobs: tuple[TokenLogprob, ...] = ()
-    """One per token when asked for, else empty."""
-    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
-    """In the sequence's first update only, one per prompt token, when asked for."""
-    finish_reason: FinishReason | None = None
-    error: str | None = None
 
 
 class _Flight(NamedTuple):
@@ -219,7 +202,8 @@ class Scheduler:
 
     def _most_blocks(self, seq: Sequence) -> int:
         longest = min(seq.num_prompt_tokens + seq.request.sampling.max_tokens, self._max_context)
-        return blocks_for(longest - 1)  # the last token is sampled and never computed
+        # The last token is sampled and never computed.
+        return self._kv.window.cost(blocks_for(longest - 1))
 
     def _end(self, seq: Sequence, reason: FinishReason, error: str) -> None:
         if seq.phase is Phase.RUNNING:
@@ -251,7 +235,7 @@ class Scheduler:
         assert self.may_plan, "the last plan was not committed"
         self._kv.step = self._step + 1
         for seq in self._deadlines.due(now):
-            self._end(seq, "timeout", _over(seq))
+            self._end(seq, "timeout", why_over(seq))
         for seq in self._fetching.overdue(now):
             self._ready.add(seq)
         self._start_waiting(now)
@@ -286,7 +270,9 @@ class Scheduler:
         num_tokens = sum(chunk.stop - chunk.start for chunk in plan.chunks)
         self._kv.done(result, num_tokens, len(result.sampled))
         for part in result.prompt_logprobs:
-            self._keep_prompt_logprobs(part)
+            seq_of_part = self._sequences.get(part.seq)
+            if seq_of_part is not None:
+                keep_prompt_logprobs(seq_of_part, part)
         updates = []
         sampled = iter(result.sampled)
         for chunk, (seq, stay) in zip(plan.chunks, flight.stays, strict=True):
@@ -313,45 +299,36 @@ class Scheduler:
         """
         if not self._ready:
             return
-        room = self._room()
+        room = self._tables.room(self._running)
         num_aged = sum(seq.aged for seq in self._running)
         while (first := self._ready.first()) is not None:
             overdue = self._ready.first_overdue(now) if num_aged < self._max_aged else None
             seq = overdue if overdue is not None else first
-            if self._is_hopeless(seq, now):
-                self._end(seq, "timeout", _hopeless(seq))
+            if is_hopeless(seq, now, self._kv.cost.token_seconds):
+                self._end(seq, "timeout", why_hopeless(seq))
                 continue
             match = self._tables.match(seq)
+            if not self._fits(seq, match, room, len(self._running)):
+                more = self._tables.needed(seq, match) + len(self._running) - room
+                self._tables.trim(self._running, self._kv.num_available + more)
+                room, match = self._tables.room(self._running), self._tables.match(seq)
             if not self._fits(seq, match, room, len(self._running)):
                 seq = first
                 reserved = self._kept_for(overdue, room)
                 if not self._displace_for(seq, room - reserved, now):
                     return
-                room, match = self._room(), self._tables.match(seq)
+                room, match = self._tables.room(self._running), self._tables.match(seq)
                 if not self._fits(seq, match, room, len(self._running)):
                     return
             seq.aged = seq.aged or seq is overdue
             num_aged += seq.aged
-            room -= blocks_for(len(seq.tokens)) - match.num_used
+            room -= self._tables.needed(seq, match)
             self._start(seq, match, now)
 
-    def _room(self) -> int:
-        """Blocks that no running sequence's expected tokens lay claim to; may be below zero."""
-        claimed = sum(seq.num_missing_blocks for seq in self._running)
-        return self._kv.num_available - claimed
-
     def _fits(self, seq: Sequence, match: Match, room: int, num_running: int) -> bool:
-        needed = blocks_for(len(seq.tokens)) - match.num_used
+        needed = self._tables.needed(seq, match)
         # A block more for each of the running ones.
         return num_running < self._max_running and room - needed >= num_running
-
-    def _is_hopeless(self, seq: Sequence, now: float) -> bool:
-        """Not even its first token can be there in time, by what computing has cost so far."""
-        deadline, token_seconds = seq.request.deadline, self._kv.cost.token_seconds
-        if deadline is None or token_seconds is None:
-            return False
-        num_left = len(seq.tokens) - seq.num_known_blocks * BLOCK_TOKENS
-        return now + num_left * token_seconds > deadline
 
     def _kept_for(self, overdue: Sequence | None, room: int) -> int:
         """What of `room` those that displace may not use: it is waited for by an overdue one."""
@@ -371,8 +348,9 @@ class Scheduler:
             seen.update(victim.blocks)
             # Only what no other one owns too comes free; what it had a claim to does as well.
             pool = self._kv.pool
-            gained += sum(seen[block] == pool.num_owners(block) for block in victim.blocks)
-            gained += victim.num_missing_blocks
+            lone = [block for block in victim.blocks if seen[block] == pool.num_owners(block)]
+            gained += len(lone) - pool.given_by(sum(map(pool.is_trimmed, lone)))
+            gained += self._tables.num_missing(victim)
             if self._fits(seq, match, room + gained, len(self._running) - count):
                 for _ in range(count):
                     self._preempt_last("priority", now)
@@ -433,6 +411,7 @@ class Scheduler:
         start, expected = seq.num_scheduled_tokens, seq.num_expected_tokens
         stop = min(expected, start + size)
         if stop > len(seq.blocks) * BLOCK_TOKENS:
+            self._tables.trim(self._running, blocks_for(stop) - len(seq.blocks))
             stop = min(stop, start + self._tables.room_for(seq))
         if stop <= start:
             return None
@@ -489,7 +468,7 @@ class Scheduler:
             seq.first_token_at = now
             prompt_logprobs = tuple(seq.prompt_logprobs)
         seq.append(item.token)
-        reason = self._finish_reason(seq, item.token)
+        reason = finish_reason(seq, item.token, self._max_context)
         if reason is not None:
             self._finish(seq, now)
             self._policy.finished(seq)
@@ -501,29 +480,10 @@ class Scheduler:
             finish_reason=reason,
         )
 
-    def _finish_reason(self, seq: Sequence, token: int) -> FinishReason | None:
-        if token in seq.stop_token_ids:  # never before min_tokens: the sampler sees to that
-            return "stop"
-        max_tokens = seq.request.sampling.max_tokens
-        if seq.num_output_tokens >= max_tokens or len(seq.tokens) >= self._max_context:
-            return "length"
-        return None
-
     def _finish(self, seq: Sequence, now: float, *, spoilt: bool = False) -> None:
         """End a running sequence; `commit` takes it out of the batch."""
         self._forget(seq, spoilt=spoilt)
         seq.finished_at = now
-
-    def _keep_prompt_logprobs(self, part: PromptLogprobs) -> None:
-        """Append those that are new: a prompt that is computed again says the same again."""
-        seq = self._sequences.get(part.seq)
-        if seq is None:
-            return
-        kept = seq.prompt_logprobs
-        if not kept:
-            kept.append(None)
-        assert part.start <= len(kept), "a gap in the prompt's logprobs"
-        kept.extend(part.entries[len(kept) - part.start :])
 
     # --- the invariants ----------------------------------------------------------------------
 
@@ -553,20 +513,3 @@ class Scheduler:
             assert not seq.on_worker or seq.phase is Phase.RUNNING
             if not self._in_flight:
                 assert seq.num_computed_tokens == seq.num_scheduled_tokens
-
-
-def _over(seq: Sequence) -> str:
-    assert seq.request.deadline is not None
-    seconds = seq.request.deadline - seq.request.arrival
-    made = f"{seq.num_output_tokens} of at most {seq.request.sampling.max_tokens} tokens were made"
-    doing = made if seq.started_at is not None else "the request was still waiting"
-    return f"the timeout of {seconds:g} s is over: {doing}"
-
-
-def _hopeless(seq: Sequence) -> str:
-    assert seq.request.deadline is not None
-    seconds = seq.request.deadline - seq.request.arrival
-    return (
-        f"the timeout of {seconds:g} s cannot be met: at the present speed the "
-        f"{seq.num_prompt_tokens} tokens of the prompt take longer than what is left of it"
-    )

@@ -49,6 +49,7 @@ class Sequence:
         "num_scheduled_tokens",
         "blocks",
         "num_told_blocks",
+        "num_trimmed",
         "namespace",
         "root",
         "node",
@@ -84,6 +85,8 @@ class Sequence:
         """The block of position p is blocks[p // BLOCK_TOKENS]."""
         self.num_told_blocks = 0
         """Those that the worker has in its table."""
+        self.num_trimmed = 0
+        """Those of which only layers without a window still hold something."""
         self.namespace: Namespace | None = None
         """In which blocks are shared; set when the scheduler takes it in."""
         self.root: Root | None = None
@@ -140,11 +143,6 @@ class Sequence:
     def num_expected_tokens(self) -> int:
         """With those that plans in flight sample."""
         return len(self.tokens) + self.num_pending
-
-    @property
-    def num_missing_blocks(self) -> int:
-        """Blocks it needs for its expected tokens beside those it has."""
-        return blocks_for(len(self.tokens) + self.num_pending) - len(self.blocks)
 
     def append(self, token: int) -> None:
         self.tokens.append(token)

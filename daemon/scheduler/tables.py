@@ -66,6 +66,8 @@ class BlockTables:
                 seq.blocks.append(copy)
                 seq.num_scheduled_tokens = len(seq.tokens) - 1
         seq.num_computed_tokens = seq.num_scheduled_tokens
+        if self.kv.pool.num_trimmed:
+            seq.num_trimmed = sum(map(self.kv.pool.is_trimmed, seq.blocks))
         self._count_cached(seq, seq.num_scheduled_tokens)
 
     def adopt(self, seq: Sequence) -> None:
@@ -84,6 +86,32 @@ class BlockTables:
             seq.node = node
             seq.num_scheduled_tokens += BLOCK_TOKENS
             self._count_cached(seq, BLOCK_TOKENS)
+
+    def num_missing(self, seq: Sequence) -> int:
+        """Blocks' worth of bytes that it needs for its expected tokens beside what it has."""
+        held = len(seq.blocks) - self.kv.pool.given_by(seq.num_trimmed)
+        return max(0, self.kv.window.cost(blocks_for(seq.num_expected_tokens)) - held)
+
+    def needed(self, seq: Sequence, match: Match) -> int:
+        """Blocks that one has to have room for who is to start with this match."""
+        return max(0, self.kv.window.cost(blocks_for(len(seq.tokens))) - match.num_used)
+
+    def room(self, running: list[Sequence]) -> int:
+        """Blocks that the expected tokens of none of these lay claim to; may be below zero."""
+        return self.kv.num_available - sum(map(self.num_missing, running))
+
+    def trim(self, running: list[Sequence], num_blocks: int) -> None:
+        """Try to make so many available by what running sequences hold outside of their windows."""
+        if not self.kv.window.share:
+            return
+        for seq in running:
+            outside = self.kv.window.num_outside(seq.num_computed_tokens)
+            if seq.num_trimmed >= outside:
+                continue
+            for block in seq.blocks[:outside]:
+                if self.kv.num_available >= num_blocks:
+                    return
+                seq.num_trimmed += self.kv.trim(block)
 
     def room_for(self, seq: Sequence) -> int:
         """Tokens that can be scheduled with its own blocks and those that can be had."""
@@ -119,9 +147,14 @@ class BlockTables:
                 child = seq.node.child(key)
                 if child is not None and child.block >= 0:
                     return
-            seq.node = self.kv.insert(seq.node, key, own)
-            if seq.node.block != own:
-                seq.blocks[depth] = seq.node.block
+            was_trimmed = self.kv.pool.is_trimmed(own)
+            node = self.kv.insert(seq.node, key, own)
+            if node is None:
+                return
+            seq.node = node
+            if node.block != own:
+                seq.blocks[depth] = node.block
+                seq.num_trimmed -= was_trimmed
                 self._rebinds.append((seq, seq.stay, Rebind(seq.id, depth, seq.node.block)))
 
     def release(self, seq: Sequence, *, spoilt: bool = False) -> None:
@@ -134,7 +167,7 @@ class BlockTables:
         seq.blocks = []
         seq.root = seq.node = None
         seq.num_computed_tokens = seq.num_scheduled_tokens = 0
-        seq.num_pending = seq.num_told_blocks = 0
+        seq.num_pending = seq.num_told_blocks = seq.num_trimmed = 0
         seq.stay += 1
 
     def leave(self, seq: Sequence) -> None:
@@ -163,6 +196,7 @@ class BlockTables:
             assert len(seq.blocks) == blocks_for(seq.num_scheduled_tokens)
             for block in seq.blocks:
                 owners[block] = owners.get(block, 0) + 1
+            assert seq.num_trimmed == sum(map(self.kv.pool.is_trimmed, seq.blocks))
             for block in seq.blocks[len(path) :]:
                 assert owners[block] == 1 and not self.kv.pool.is_held(block), "not its own"
         assert len(owners) == self.kv.pool.num_used, "a block is used by no sequence"

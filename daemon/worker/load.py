@@ -98,6 +98,8 @@ def load_model(load: LoadModel, progress: Progress) -> Model:
         num_blocks=pools.num_blocks,
         max_blocks=pools.max_blocks,
         num_host_blocks=host_blocks,
+        window=max((layer.window or 0 for layer in config.layers), default=0),
+        window_share=pools.window_share,
         kv_revision=kv_revision(load, checkpoint.config, dtype, device, max_context),
         seconds=time.perf_counter() - started,
         quantizers=count_quantizers(choices.linears),

@@ -34,10 +34,27 @@ class KvPools:
     """The budget; the tensors have room for `max_blocks`."""
     block_bytes: int
     """Of one block over all layers, keys and values."""
+    windowed: tuple[int, ...] = ()
+    """The layers in which a row sees only the last tokens."""
 
     @property
     def max_blocks(self) -> int:
         return self.keys[0].shape[0]
+
+    @property
+    def window_share(self) -> float:
+        """The part of a block's bytes that `trim` gives back: whole pages or nothing."""
+        first = self.keys[0]
+        if first.device.type != "cpu" or first[0].nbytes % mmap.PAGESIZE:
+            return 0.0
+        return len(self.windowed) / len(self.keys)
+
+    def trim(self, block: int) -> None:
+        """Give back what the layers with a window hold of a block; read again it is zeros."""
+        assert self.window_share
+        for layer in self.windowed:
+            for tensor in (self.keys[layer], self.values[layer]):
+                _madvise(tensor[block].data_ptr(), tensor[block].nbytes)
 
     def copy(self, src: int, dst: int) -> None:
         """Copies one whole block, in every layer."""
@@ -126,10 +143,11 @@ def allocate(
     room = blocks
     if device.type == "cpu":
         room = max(blocks, total_memory() // bytes_per_block)
+    windowed = tuple(i for i, layer in enumerate(config.layers) if layer.window is not None)
     try:
-        return KvPools(pools(room), pools(room), blocks, bytes_per_block)
+        return KvPools(pools(room), pools(room), blocks, bytes_per_block, windowed)
     except OSError:  # a system that does not hand out address space beyond its memory
-        return KvPools(pools(blocks), pools(blocks), blocks, bytes_per_block)
+        return KvPools(pools(blocks), pools(blocks), blocks, bytes_per_block, windowed)
 
 
 def _reserve(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

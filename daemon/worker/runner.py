@@ -161,6 +161,8 @@ class Runner:
             self._host.spill(copy.src, copy.dst)
         elif copy.kind == "fetch":
             self._host.fetch(copy.src, copy.dst)
+        elif copy.kind == "trim":
+            self._model.pools.trim(copy.src)
         else:
             self._model.pools.copy(copy.src, copy.dst)
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from quantd.daemon.config import SchedulerSettings
+from quantd.daemon.kv.window import NO_WINDOW, Window
 from quantd.daemon.scheduler.sequence import Phase
 from quantd.daemon.types import BLOCK_TOKENS, Chunk, SamplingParams
 
@@ -371,6 +372,7 @@ class Sharing(RuleBasedStateMachine):
         policy=st.sampled_from(["fcfs", "priority", "sjf"]),
         budget=st.sampled_from([16, 40, 256]),
         share=st.booleans(),
+        window=st.sampled_from([NO_WINDOW, Window(20, 0.5), Window(33, 0.8), Window(16, 1.0)]),
     )
     def begin(
         self,
@@ -381,9 +383,15 @@ class Sharing(RuleBasedStateMachine):
         policy: str,
         budget: int,
         share: bool,
+        window: Window,
     ) -> None:
         tables = make_tables(
-            blocks, num_places=places, disk_files=files if places and share else 0, share=share
+            blocks,
+            num_places=places,
+            disk_files=files if places and share else 0,
+            share=share,
+            window=window,
+            capacity=100,
         )
         settings = SchedulerSettings(
             policy=policy,  # type: ignore[arg-type]
@@ -396,14 +404,16 @@ class Sharing(RuleBasedStateMachine):
     @precondition(lambda self: self.loop is not None)
     @rule(
         start=st.integers(0, 2),
-        length=st.integers(1, 70),
+        length=st.integers(1, 160),
         tail=st.integers(0, 3),
         max_tokens=st.integers(1, 30),
         priority=st.integers(0, 2),
     )
     def add(self, start: int, length: int, tail: int, max_tokens: int, priority: int) -> None:
         assert self.loop is not None
-        prompt = [*PROMPT[start * 40 : start * 40 + length], *[tail] * tail]
+        most = self.loop.kv.window.most_blocks(self.loop.pool.limit) or 20
+        length = min(length, most * BLOCK_TOKENS - max_tokens - tail)
+        prompt = [*PROMPT[start * 15 : start * 15 + length], *[tail] * tail]
         self.loop.add(0, max_tokens, prompt=prompt, priority=priority)
 
     @precondition(lambda self: self.loop is not None)

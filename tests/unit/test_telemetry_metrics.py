@@ -49,6 +49,7 @@ def busy() -> Metrics:
                 requests_running=2,
                 requests_waiting=3,
                 kv=KvStats(
+                    trimmed=0,
                     block_bytes=100,
                     free=5,
                     used=6,

@@ -1,0 +1,118 @@
+"""Sliding windows: what is trimmed, what it costs, and what can no longer be shared."""
+
+from __future__ import annotations
+
+import pytest
+from fakes import VOCAB_SIZE, StepLoop, make_tables
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantd.daemon.config import SchedulerSettings
+from quantd.daemon.kv.window import NO_WINDOW, Window
+from quantd.daemon.types import BLOCK_TOKENS
+
+PROMPT = [i * 7 % VOCAB_SIZE for i in range(2000)]
+windows = st.builds(Window, st.integers(1, 200), st.sampled_from([0.25, 0.5, 0.8, 22 / 26, 1.0]))
+
+
+@given(windows, st.integers(0, 5000))
+def test_a_block_is_outside_once_no_row_sees_it(window: Window, num_tokens: int) -> None:
+    outside = window.num_outside(num_tokens)
+    first_seen = max(0, num_tokens - window.tokens + 1)
+    assert outside * BLOCK_TOKENS <= first_seen < (outside + 1) * BLOCK_TOKENS
+
+
+@given(windows, st.integers(1, 500))
+def test_most_blocks_is_the_inverse_of_cost(window: Window, budget: int) -> None:
+    most = window.most_blocks(budget)
+    if most is None:
+        assert window.share == 1 and window.cost(10**6) <= window.num_blocks + 2
+    else:
+        assert window.cost(most) <= budget < window.cost(most + 2)
+
+
+def test_without_windows_nothing_changes() -> None:
+    assert (NO_WINDOW.cost(77), NO_WINDOW.most_blocks(77), NO_WINDOW.num_outside(999)) == (
+        77,
+        77,
+        0,
+    )
+
+
+def loop_of(num_blocks: int, window: Window, **settings: int) -> StepLoop:
+    tables = make_tables(num_blocks, window=window, capacity=500)
+    return StepLoop(tables=tables, settings=SchedulerSettings(**settings))
+
+
+@pytest.mark.parametrize(("share", "num_trimmed"), [(0.5, 42), (1.0, 21)])
+def test_a_sequence_much_longer_than_the_pool(share: float, num_trimmed: int) -> None:
+    """48 blocks of it cost no more than 27."""
+    loop = loop_of(27, Window(40, share), token_budget=64)
+    seq = loop.add(700, 60)
+    loop.run()
+    loop.check_outputs()
+    assert loop.reasons() == {seq.id: "length"}
+    assert sum(copy.kind == "trim" for plan in loop.plans for copy in plan.copies) >= num_trimmed
+    loop.kv.shrink()
+    assert (loop.pool.num_free, loop.pool.num_trimmed) == (27, 0)
+
+
+def test_nothing_is_trimmed_while_there_is_room() -> None:
+    loop = loop_of(100, Window(16, 0.8))
+    loop.add(400, 40)
+    loop.run()
+    assert not any(plan.copies for plan in loop.plans)
+
+
+def test_what_is_waiting_is_made_room_for() -> None:
+    """Two that would not fit side by side whole run at once."""
+    loop = loop_of(40, Window(32, 0.75))
+    for first in (1, 2):
+        loop.add(0, 30, prompt=[first, *PROMPT[:399]])
+        loop.step()
+        loop.step()
+    assert loop.scheduler.num_running == 2
+    loop.run()
+    loop.check_outputs()
+    assert sum(loop.scheduler.preemptions.values()) == 0
+
+
+def test_a_trimmed_beginning_is_shared_only_by_who_goes_on_behind_it() -> None:
+    loop = loop_of(27, Window(40, 0.5), token_budget=64)
+    first = loop.add(0, 60, prompt=PROMPT[:700])
+    loop.run()
+    assert first.namespace is not None
+    whole = loop.kv.match(first.namespace, first.key, 100)
+    assert whole.num_blocks == 759 // BLOCK_TOKENS
+    # Further up its last window is gone: nobody can go on from there.
+    assert loop.kv.match(first.namespace, first.key, 20).num_blocks == 0
+    again = loop.add(0, 5, prompt=[*first.tokens, 1, 2, 3])
+    other = loop.add(0, 5, prompt=[*PROMPT[:320], 5, 5])
+    loop.run()
+    loop.check_outputs()
+    assert again.num_cached_tokens == 752
+    assert other.num_cached_tokens == 0
+
+
+def test_a_trimmed_block_that_nobody_works_with_is_replaced_by_a_whole_one() -> None:
+    loop = loop_of(27, Window(40, 0.5), token_budget=64)
+    loop.add(0, 60, prompt=PROMPT[:700])
+    loop.run()
+    loop.add(0, 1, prompt=PROMPT[:200])
+    loop.run()
+    third = loop.add(0, 1, prompt=[*PROMPT[:180], 9])
+    loop.run()
+    loop.check_outputs()
+    assert third.num_cached_tokens == 176
+
+
+def test_a_trimmed_block_does_not_go_to_the_host() -> None:
+    tables = make_tables(27, window=Window(40, 0.5), capacity=500, num_places=64)
+    loop = StepLoop(tables=tables, settings=SchedulerSettings(token_budget=64))
+    loop.add(0, 60, prompt=PROMPT[:700])
+    loop.run()
+    loop.add(0, 60, prompt=[5, *PROMPT[:699]])  # drives the first one out
+    loop.run()
+    loop.check_outputs()  # and the worker asserts that no copy is made of a trimmed block
+    spilled = sum(copy.kind == "spill" for plan in loop.plans for copy in plan.copies)
+    assert 0 < spilled < 47
