@@ -138,7 +138,18 @@ class Description:
 
 @runtime_checkable
 class Describes(Protocol):
-    """What a quantizer may have in addition."""
+    """What a quantizer may have in addition: `quantd inspect` shows it."""
 
     def describe(self, spec: LinearSpec, source: TensorSource, device: torch.device) -> Description:
         """Of a layer that it takes; reads names and headers only."""
+
+
+@runtime_checkable
+class Notes(Protocol):
+    """What a quantizer may have in addition: shown of a loaded model and by `quantd inspect`."""
+
+    def notes(self, spec: LinearSpec, source: TensorSource) -> Collection[str]:
+        """What a user should know of a layer that it takes, as where settings and tensors disagree
+        and which is followed. Each note is a sentence without the layer's name: one that many
+        layers share is shown once, with their number. May read small tensors, and may raise
+        Refused as `load` would."""

@@ -10,7 +10,8 @@ an answer from them: a checkpoint of plain weights imports none but dense.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import EntryPoint, entry_points
@@ -18,7 +19,7 @@ from typing import cast
 
 import torch
 
-from quantd.plugins.api import LinearSpec, Quantizer, Refused, TensorSource, api_version
+from quantd.plugins.api import LinearSpec, Notes, Quantizer, Refused, TensorSource, api_version
 
 GROUP = "quantd.quantizers"
 _DENSE = "dense"
@@ -129,15 +130,25 @@ def select(
     return _by_rule(spec, source, device, registry, rule)
 
 
-def notes(config: Mapping[str, object], choices: Sequence[Choice]) -> tuple[str, ...]:
-    """What a user should know of all layers together."""
-    said = _quant_method(config)
-    if said is None or any(choice.stored != _DENSE for choice in choices):
-        return ()
-    return (
-        f"config.json says quant_method {said!r} but the tensors of all {len(choices)} layers are "
-        "plain",
+def notes(
+    source: TensorSource, specs: Collection[LinearSpec], choices: Sequence[Choice]
+) -> tuple[str, ...]:
+    """What a user should know of all layers together; `choices` has one for each of `specs`."""
+    counts = Counter(
+        (choice.quantizer.name, note)
+        for spec, choice in zip(specs, choices, strict=True)
+        if isinstance(choice.quantizer, Notes)
+        for note in choice.quantizer.notes(spec, source)
     )
+    total = len(choices)
+    found = [f"{name}: {note} ({n} of {total} layers)" for (name, note), n in counts.items()]
+    said = _quant_method(source.config)
+    if said is not None and all(choice.stored == _DENSE for choice in choices):
+        found.append(
+            f"config.json says quant_method {said!r} but the tensors of all {total} layers are "
+            "plain"
+        )
+    return tuple(found)
 
 
 def _by_tensors(

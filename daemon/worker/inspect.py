@@ -69,7 +69,7 @@ def _report(report: Report, request: dict[str, Any], registry: Registry) -> None
         _layer(spec, source, device, registry, rules) for spec in tensors.linears.values()
     ]
     choices = choose(config, source, tensors, device, registry, rules)
-    report["notes"] += notes(source.config, choices.linears)
+    report["notes"] += notes(source, tensors.linears.values(), choices.linears)
     report["embedding"] = _embedding(tensors, source, device, choices.embedding)
     linears = [layer["loaded_bytes"] for layer in report["layers"]]
     vectors = 4 * sum(vector.size for vector in tensors.vectors.values())

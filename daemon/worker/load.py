@@ -104,7 +104,7 @@ def load_model(load: LoadModel, progress: Progress) -> Model:
         notes=(
             *ops.notes(),
             *registry.warnings,
-            *notes(checkpoint.config, choices.linears),
+            *notes(source, tensors.linears.values(), choices.linears),
             *_pool_notes(pools, max_context),
         ),
     )

@@ -70,6 +70,13 @@ class Packed:
         raise NotImplementedError
 
 
+class Talks(Packed):
+    name = "talks"
+
+    def notes(self, spec: LinearSpec, source: TensorSource) -> Collection[str]:
+        return ("the label is wrong", f"{spec.in_features} columns")
+
+
 class OldVersion(Packed):
     name = "old"
     api_version = api_version - 1
@@ -92,7 +99,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
     import types
 
     module = types.ModuleType("formats_of_a_test")
-    for item in (Packed, OldVersion, broken):
+    for item in (Packed, Talks, OldVersion, broken):
         setattr(module, item.__name__, item)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     Packed.made = 0
@@ -184,12 +191,25 @@ def test_plain_tensors_under_a_quantized_config_are_a_note() -> None:
     config = {"quantization_config": {"quant_method": "gptq"}}
     plain = select(SPEC, Headers("weight", config=config), CPU, formats)
     ruled = select(SPEC, Headers("weight"), CPU, formats, (Rule("*", "packed"),))
-    assert notes(config, [plain, ruled]) == (
+    source = Headers("weight", config=config)
+    assert notes(source, [SPEC, SPEC], [plain, ruled]) == (
         "config.json says quant_method 'gptq' but the tensors of all 2 layers are plain",
     )
     packed: Choice = select(SPEC, Headers("qweight", "I32"), CPU, formats)
-    assert notes(config, [plain, packed]) == ()
-    assert notes({}, [plain]) == ()
+    assert notes(source, [SPEC, SPEC], [plain, packed]) == ()
+    assert notes(Headers("weight"), [SPEC], [plain]) == ()
+
+
+def test_what_formats_note_of_their_layers_is_counted() -> None:
+    formats = registry(talks="formats_of_a_test:Talks", packed="formats_of_a_test:Packed")
+    source = Headers("qweight", "I32")
+    talks = select(SPEC, source, CPU, formats, (Rule("*", "talks"),))
+    silent = select(SPEC, source, CPU, formats)
+    assert silent.quantizer.name == "packed"
+    assert notes(source, [SPEC] * 3, [talks, silent, talks]) == (
+        "talks: the label is wrong (2 of 3 layers)",
+        f"talks: {SPEC.in_features} columns (2 of 3 layers)",
+    )
 
 
 def test_a_broken_format_is_a_warning_that_names_it() -> None:
