@@ -124,6 +124,16 @@ class Quantizer(Protocol):
         """Reads and packs; holds no view of the source afterwards. Releases what it read."""
 
 
+@runtime_checkable
+class FromPlain(Protocol):
+    """What a quantizer has in addition that is made from plain weights while they load. It gets a
+    layer of plain tensors by a rule; without this attribute a rule leaves such a layer plain."""
+
+    @property
+    def from_plain(self) -> bool:
+        """True."""
+
+
 @dataclass(frozen=True, slots=True)
 class Description:
     """What a user is told of a layer's format."""

@@ -191,3 +191,22 @@ def test_a_rule_for_what_is_not_installed(spoiled: Path) -> None:
     report = look(spoiled, quantization="nonsense")
     assert "no quantizer 'nonsense' is installed" in report["refused"]
     assert all(layer["quantizer"] is None for layer in report["layers"])
+
+
+@pytest.mark.parametrize(
+    ("quantization", "said"),
+    [
+        ("nonsense", "quantization: the rule *=nonsense: no quantizer 'nonsense' is installed ("),
+        ("*.q_proj=int8", "quantization: the rule *.q_proj=int8 matches no layer; the layers are"),
+        ("int8,lm_head=int4", "quantization: the rule lm_head=int4 is for no layer"),
+        ("gptq", "quantization: no layer that the rule *=gptq is for has tensors of gptq"),
+        ("lm_head=gguf,*=int4", "quantization: no layer that the rule lm_head=gguf is for has"),
+        ("*.mlp.*=", "quantization = '*.mlp.*=': '*.mlp.*=' is neither a name nor glob=name"),
+    ],
+)
+def test_a_rule_that_cannot_be_followed_names_the_field(
+    spoiled: Path, quantization: str, said: str
+) -> None:
+    report = look(spoiled, quantization=quantization)
+    assert report["refused"].startswith(said)
+    assert_refused_as_loading_does(spoiled, report, quantization=quantization)
