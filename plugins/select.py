@@ -219,8 +219,24 @@ def _by_tensors(
         refusals.append((name, reason))
     said = _quant_method(source.config)
     by = "" if said is None else f", quant_method {said!r} by config.json"
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals)
-    raise Refused(f"no quantizer takes the layer {spec.name}{by} ({reasons})")
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in refusals:
+        by_reason.setdefault(reason, []).append(name)
+    reasons = "; ".join(f"{', '.join(some)}: {reason}" for reason, some in by_reason.items())
+    raise Refused(
+        f"no quantizer takes the layer {spec.name} ({_held(spec, source)}){by}: {reasons}"
+    )
+
+
+def _held(spec: LinearSpec, source: TensorSource) -> str:
+    """What the checkpoint has under the names of a layer's parts: "weight F8_E4M3, bias F32"."""
+    parts = frozenset(spec.parts)
+    found: dict[str, None] = {}
+    for name in source.names():
+        part, _, leaf = name.rpartition(".")
+        if part in parts:
+            found[f"{leaf} {source.dtype(name)}"] = None
+    return ", ".join(found) or "no tensors"
 
 
 def _by_rule(

@@ -43,7 +43,6 @@ def inspect(request: dict[str, Any], send: child.Send) -> Report:
         _report(report, request, registry)
     except Refused as error:
         report["refused"] = str(error)
-    report["notes"] += ops.notes()
     return report
 
 
@@ -60,6 +59,7 @@ def _report(report: Report, request: dict[str, Any], registry: Registry) -> None
     wanted = request["dtype"]
     dtype = choose_dtype(wanted, config.dtype or stored_dtype(source), device)
     report |= {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    report["notes"] += ops.notes(dtype)
     per_token = block_bytes(config, dtype) // BLOCK_TOKENS
     report["kv_bytes_per_token"] = per_token
     tensors = model_tensors(config, dtype, source.names(), exact=wanted == "float32")

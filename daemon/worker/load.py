@@ -102,7 +102,7 @@ def load_model(load: LoadModel, progress: Progress) -> Model:
         seconds=time.perf_counter() - started,
         quantizers=count_quantizers(choices.linears),
         notes=(
-            *ops.notes(),
+            *ops.notes(dtype),
             *registry.warnings,
             *notes(source, tensors.linears.values(), choices.linears),
             *_pool_notes(pools, max_context),
