@@ -257,8 +257,11 @@ def test_fused_parts_have_orders_of_their_own_and_may_be_plain() -> None:
         tensors[f"{name}.g_idx"] = torch.from_numpy(g_idx.astype(np.int32))
         values = (codes - zeros[g_idx].T - 1) * scales[g_idx].T.astype(np.float64)
         expected.append(torch.from_numpy(values).float())
-    dynamic = {"-:v": {}, "+:k$": {"bits": 8}}
-    source = Source(tensors, quant_method="gptq", bits=4, group_size=32, dynamic=dynamic)
+    said = {
+        "dynamic": {"-:v": {}, "+:k$": {"bits": 8}},
+        "modules_in_block_to_quantize": [["q", "k"]],
+    }
+    source = Source(tensors, quant_method="gptq", bits=4, group_size=32, **said)
     spec = spec_of(64, 32, "q", "k", "v")
     assert GPTQ.claims(spec, source)
     assert GPTQ.tensors(spec, source)["v.weight"] == (32, 64)
@@ -268,6 +271,32 @@ def test_fused_parts_have_orders_of_their_own_and_may_be_plain() -> None:
     x = torch.randn(3, 64)
     torch.testing.assert_close(layer(x), x @ weight.T, rtol=1e-4, atol=1e-2)
     assert source.released == source.tensors.keys()
+
+
+def test_an_output_layer_may_be_packed(tmp_path: Path) -> None:
+    """With settings of its own; against the same checkpoint with that layer plain."""
+    folder = FIXTURES / "gptq-autogptq-w3-g64-asym"
+    tensors = load_file(folder / "model.safetensors")
+    rows, columns = tensors.pop("lm_head.weight").shape
+    codes, zeros, scales = make(4, rows, columns, 2)
+    at = np.arange(columns) // 128
+    weight = torch.from_numpy((codes - zeros[at].T - 1) * scales[at].T.astype(np.float64)).float()
+    config = json.loads((folder / "config.json").read_text())
+    dynamic = {"+:lm_head$": {"bits": 4, "group_size": 128}}
+    config["quantization_config"] |= {"lm_head": True, "dynamic": dynamic}
+    models = []
+    for name, stored in (
+        ("packed", packed(codes, zeros, scales, 4, "lm_head")),
+        ("plain", {"lm_head.weight": weight}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        save_file(tensors | stored, tmp_path / name / "model.safetensors")
+        models.append(load_float32(tmp_path / name))
+    assert models[0].info.quantizers == (("gptq", 9),)
+    assert torch.equal(models[0].weights.linears["lm_head"].dequantize(), weight)
+    got, want = (logits_of(model, torch.arange(40, 60)) for model in models)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3 * float(want.abs().max()))
 
 
 def tensors_of(bits: int = 4) -> dict[str, Tensor]:
