@@ -26,7 +26,7 @@ from quantd.daemon.worker.models.config import ModelConfig
 from quantd.daemon.worker.models.families import read_config
 from quantd.daemon.worker.models.names import ModelTensors, model_tensors
 from quantd.kernels import ops
-from quantd.plugins.api import Describes, LinearSpec, Refused, TensorSource
+from quantd.plugins.api import Describes, FromPlain, LinearSpec, Refused, TensorSource
 from quantd.plugins.select import Choice, Registry, Rule, notes, parse_rules, select
 
 _BYTES = {**BLOCKS, "F8_E4M3": (1, 1), "F8_E5M2": (1, 1), "U8": (1, 1), "BOOL": (1, 1)}
@@ -172,8 +172,9 @@ def _format(spec: LinearSpec, source: TensorSource, device: torch.device, choice
             "loaded_bytes": about.nbytes,
             "described": True,
         }
-    types = Counter(source.dtype(name) for name in names)
-    return out | {"format": "/".join(sorted(types)), "loaded_bytes": stored}
+    types = "/".join(sorted({source.dtype(name) for name in names}))
+    made = "made from " if isinstance(choice.quantizer, FromPlain) else ""
+    return out | {"format": f"{made}{types}", "loaded_bytes": stored}
 
 
 def _embedding(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from quantd.daemon.worker.inspect import inspect
 from quantd.daemon.worker.load import load_model
 from quantd.daemon.worker.loader import Refused
 from quantd.kernels import ops
+from quantd.plugins import parts
+from quantd.plugins.api import LinearSpec, TensorSource
+from quantd.plugins.select import GROUP, Registry
 
 torch.set_num_threads(1)
 
@@ -87,13 +92,43 @@ def test_a_config_that_says_more_than_the_tensors_is_noted(tmp_path: Path) -> No
 
 
 def test_every_installed_quantizer_answers_for_each_layer(tmp_path: Path) -> None:
-    from quantd.plugins.select import Registry
-
     make_model(Family("llama"), tmp_path)
     for layer in look(tmp_path)["layers"]:
         answers = dict(layer["others"])
         assert {*answers, "dense"} == set(Registry().names)
         assert all(answers.values())
+
+
+class Rounded:
+    """A format made from plain weights that does not describe itself."""
+
+    name = "rounded"
+    api_version = 1
+    from_plain = True
+
+    def claims(self, spec: LinearSpec, source: TensorSource) -> bool:
+        return False
+
+    def refuses(self, spec: LinearSpec, device: torch.device) -> str | None:
+        return None
+
+    def tensors(self, spec: LinearSpec, source: TensorSource) -> Mapping[str, tuple[int, ...]]:
+        return parts.plain_shapes(spec)
+
+
+def test_a_format_that_does_not_describe_itself_is_not_taken_for_what_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def registry() -> Registry:
+        dense = EntryPoint("dense", "quantd.plugins.dense.plugin:DenseQuantizer", GROUP)
+        return Registry([dense, EntryPoint("rounded", f"{__name__}:Rounded", GROUP)])
+
+    monkeypatch.setattr("quantd.daemon.worker.inspect.Registry", registry)
+    make_model(Family("llama"), tmp_path)
+    report = look(tmp_path, quantization="*.mlp.*=rounded")
+    assert report["refused"] is None and not report["weight_bytes_exact"]
+    formats = {layer["quantizer"]: layer["format"] for layer in report["layers"]}
+    assert formats == {"dense": "F32 held as float32", "rounded": "made from F32"}
 
 
 # --- what is refused -------------------------------------------------------------------------
