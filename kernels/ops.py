@@ -157,8 +157,9 @@ def identity() -> tuple[str, ...]:
     return library.best_level, library.handle.quantd_sources().decode()
 
 
-def notes() -> tuple[str, ...]:
-    """Which fast routes this machine lacks, and why; for the log and the API."""
+def notes(dtype: torch.dtype | None = None) -> tuple[str, ...]:
+    """Which fast routes this machine lacks for activations of `dtype` (None: of any), and why; for
+    the log and the API."""
     found = []
     library = open_library()
     if not isinstance(library, Library):
@@ -168,7 +169,7 @@ def notes() -> tuple[str, ...]:
         )
     elif not library.has_threads:
         found.append("native CPU library runs on one thread: torch's OpenMP was not found")
-    problem = onednn_problem(torch.bfloat16)
+    problem = onednn_problem(torch.bfloat16) if dtype in (None, torch.bfloat16) else None
     if problem is not None:
         found.append(f"bfloat16 linear layers do without oneDNN's packed weights: {problem}")
     return tuple(found)

@@ -124,6 +124,16 @@ class Quantizer(Protocol):
         """Reads and packs; holds no view of the source afterwards. Releases what it read."""
 
 
+@runtime_checkable
+class FromPlain(Protocol):
+    """What a quantizer has in addition that is made from plain weights while they load. It gets a
+    layer of plain tensors by a rule; without this attribute a rule leaves such a layer plain."""
+
+    @property
+    def from_plain(self) -> bool:
+        """True."""
+
+
 @dataclass(frozen=True, slots=True)
 class Description:
     """What a user is told of a layer's format."""
@@ -138,7 +148,18 @@ class Description:
 
 @runtime_checkable
 class Describes(Protocol):
-    """What a quantizer may have in addition."""
+    """What a quantizer may have in addition: `quantd inspect` shows it."""
 
     def describe(self, spec: LinearSpec, source: TensorSource, device: torch.device) -> Description:
         """Of a layer that it takes; reads names and headers only."""
+
+
+@runtime_checkable
+class Notes(Protocol):
+    """What a quantizer may have in addition: shown of a loaded model and by `quantd inspect`."""
+
+    def notes(self, spec: LinearSpec, source: TensorSource) -> Collection[str]:
+        """What a user should know of a layer that it takes, as where settings and tensors disagree
+        and which is followed. Each note is a sentence without the layer's name: one that many
+        layers share is shown once, with their number. May read small tensors, and may raise
+        Refused as `load` would."""

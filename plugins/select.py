@@ -10,22 +10,29 @@ an answer from them: a checkpoint of plain weights imports none but dense.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib.metadata import EntryPoint, entry_points
 from typing import cast
 
 import torch
 
-from quantd.plugins.api import LinearSpec, Quantizer, Refused, TensorSource, api_version
+from quantd.plugins.api import (
+    FromPlain,
+    LinearSpec,
+    Notes,
+    Quantizer,
+    Refused,
+    TensorSource,
+    api_version,
+)
 
 GROUP = "quantd.quantizers"
 _DENSE = "dense"
 _AUTO = "auto"
-_ROUTERS = "*.mlp.gate"
-"""Layers that pick the experts of a token, by the names that specs have. They are tiny, and a
-rounding there changes which weights a token meets at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +42,14 @@ class Rule:
 
     pattern: str
     quantizer: str
+
+    def __str__(self) -> str:
+        return f"{self.pattern}={self.quantizer}"
+
+
+_SPARED = Rule("*.mlp.gate", _AUTO)
+"""Before a bare name: layers that pick the experts of a token, by the names that specs have. They
+are tiny, and a rounding there changes which weights a token meets at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +125,7 @@ def parse_rules(text: str) -> tuple[Rule, ...]:
         if not name or (separator and not pattern):
             raise Refused(f"quantization = {text!r}: {item!r} is neither a name nor glob=name")
         if not separator:
-            rules.append(Rule(_ROUTERS, _AUTO))
+            rules.append(_SPARED)
         rules.append(Rule(pattern or "*", name))
     return tuple(rules)
 
@@ -123,21 +138,64 @@ def select(
     rules: Sequence[Rule] = (),
 ) -> Choice:
     """Raises Refused, with every reason, when nobody takes the layer."""
-    rule = next((rule for rule in rules if fnmatchcase(spec.name, rule.pattern)), None)
+    rule = _rule_of(spec, rules)
     if rule is None or rule.quantizer == _AUTO:
         return _by_tensors(spec, source, device, registry)
     return _by_rule(spec, source, device, registry, rule)
 
 
-def notes(config: Mapping[str, object], choices: Sequence[Choice]) -> tuple[str, ...]:
-    """What a user should know of all layers together."""
-    said = _quant_method(config)
-    if said is None or any(choice.stored != _DENSE for choice in choices):
-        return ()
-    return (
-        f"config.json says quant_method {said!r} but the tensors of all {len(choices)} layers are "
-        "plain",
+def check_rules(
+    rules: Sequence[Rule], specs: Collection[LinearSpec], choices: Sequence[Choice]
+) -> None:
+    """Raises Refused for a rule without effect: a user who wrote it meant something. `choices` has
+    one for each of `specs`."""
+    taken: dict[Rule, set[str]] = {}
+    for spec, choice in zip(specs, choices, strict=True):
+        rule = _rule_of(spec, rules)
+        if rule is not None:
+            taken.setdefault(rule, set()).add(choice.quantizer.name)
+    for rule in rules:
+        if rule == _SPARED or rule.quantizer in taken.get(rule, ()):
+            continue
+        if rule in taken and rule.quantizer != _AUTO:
+            raise Refused(
+                f"quantization: no layer that the rule {rule} is for has tensors of "
+                f"{rule.quantizer}, which cannot be made from plain ones"
+            )
+        if rule not in taken:
+            raise Refused(f"quantization: the rule {rule} {_without_layers(rule, specs)}")
+
+
+def _without_layers(rule: Rule, specs: Collection[LinearSpec]) -> str:
+    if any(fnmatchcase(spec.name, rule.pattern) for spec in specs):
+        return "is for no layer: rules before it match them all"
+    names = sorted({re.sub(r"\b\d+\b", "N", spec.name) for spec in specs})
+    return f"matches no layer; the layers are {', '.join(names)}"
+
+
+def _rule_of(spec: LinearSpec, rules: Sequence[Rule]) -> Rule | None:
+    return next((rule for rule in rules if fnmatchcase(spec.name, rule.pattern)), None)
+
+
+def notes(
+    source: TensorSource, specs: Collection[LinearSpec], choices: Sequence[Choice]
+) -> tuple[str, ...]:
+    """What a user should know of all layers together; `choices` has one for each of `specs`."""
+    counts = Counter(
+        (choice.quantizer.name, note)
+        for spec, choice in zip(specs, choices, strict=True)
+        if isinstance(choice.quantizer, Notes)
+        for note in choice.quantizer.notes(spec, source)
     )
+    total = len(choices)
+    found = [f"{name}: {note} ({n} of {total} layers)" for (name, note), n in counts.items()]
+    said = _quant_method(source.config)
+    if said is not None and all(choice.stored == _DENSE for choice in choices):
+        found.append(
+            f"config.json says quant_method {said!r} but the tensors of all {total} layers are "
+            "plain"
+        )
+    return tuple(found)
 
 
 def _by_tensors(
@@ -161,8 +219,24 @@ def _by_tensors(
         refusals.append((name, reason))
     said = _quant_method(source.config)
     by = "" if said is None else f", quant_method {said!r} by config.json"
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals)
-    raise Refused(f"no quantizer takes the layer {spec.name}{by} ({reasons})")
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in refusals:
+        by_reason.setdefault(reason, []).append(name)
+    reasons = "; ".join(f"{', '.join(some)}: {reason}" for reason, some in by_reason.items())
+    raise Refused(
+        f"no quantizer takes the layer {spec.name} ({_held(spec, source)}){by}: {reasons}"
+    )
+
+
+def _held(spec: LinearSpec, source: TensorSource) -> str:
+    """What the checkpoint has under the names of a layer's parts: "weight F8_E4M3, bias F32"."""
+    parts = frozenset(spec.parts)
+    found: dict[str, None] = {}
+    for name in source.names():
+        part, _, leaf = name.rpartition(".")
+        if part in parts:
+            found[f"{leaf} {source.dtype(name)}"] = None
+    return ", ".join(found) or "no tensors"
 
 
 def _by_rule(
@@ -172,18 +246,22 @@ def _by_rule(
     registry: Registry,
     rule: Rule,
 ) -> Choice:
-    why = f"the rule {rule.pattern}={rule.quantizer}"
+    why = f"the rule {rule}"
     quantizer = registry.get(rule.quantizer)
     if quantizer is None:
-        raise Refused(f"{why} for the layer {spec.name}: {registry.why_not(rule.quantizer)}")
-    reason = quantizer.refuses(spec, device)
-    if reason is not None:
-        raise Refused(f"{why} cannot hold for the layer {spec.name}: {reason}")
+        raise Refused(f"quantization: {why}: {registry.why_not(rule.quantizer)}")
+    cannot = f"quantization: {why} cannot hold for the layer {spec.name}"
     stored = rule.quantizer
     if not quantizer.claims(spec, source):
         stored = _stored(spec, source, registry)
         if stored != _DENSE:
-            raise Refused(f"{why} cannot hold for the layer {spec.name}: it is already {stored}")
+            raise Refused(f"{cannot}: it is already {stored}")
+        if not isinstance(quantizer, FromPlain):
+            plain = _by_tensors(spec, source, device, registry)
+            return replace(plain, reason=f"{why}, but the layer's tensors are plain")
+    reason = quantizer.refuses(spec, device)
+    if reason is not None:
+        raise Refused(f"{cannot}: {reason}")
     others = (name for name in _order(registry) if name != rule.quantizer)
     refusals = tuple((name, f"not asked, {why} comes first") for name in others)
     return Choice(spec.name, quantizer, why, refusals, stored)

@@ -22,7 +22,7 @@ def read_model(argument: str, flags: Mapping[str, tuple[str, str | None]]) -> Mo
         if text is not None
     }
     values["path"] = Value(named, "command line", here, True)
-    model = build(ModelSettings, f"models.{argument}", values, {}, {"name": argument})
+    model = build(ModelSettings, f"models.{Path(argument).name}", values, {}, {"name": argument})
     if not model.path.exists():
         known = ", ".join(embedded_models())
         raise ConfigError(f"{argument}: no such folder or file (models inside: {known})")

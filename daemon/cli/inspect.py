@@ -95,7 +95,9 @@ def _checkpoint(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         limit = f", at most {model['context_limit']:,}"
         more = limit if model["context_limit"] != model["context"] else ""
         yield "context", f"{model['context']:,} tokens{more}"
-    yield "tokenizer", _tokens(report["tokenizer"], model)
+    # Not what will be said of the whole: that there is no file, or that it is cut off.
+    if report["tokenizer"].get("problem", "") != report["refused"]:
+        yield "tokenizer", _tokens(report["tokenizer"], model)
     if stored is not None:
         types = ", ".join(f"{name} × {count}" for name, count in stored["types"].items())
         yield "stored", f"{size(stored['bytes'])} in {stored['tensors']} tensors ({types})"

@@ -26,7 +26,7 @@ from quantd.daemon.worker.models.config import ModelConfig
 from quantd.daemon.worker.models.families import read_config
 from quantd.daemon.worker.models.names import ModelTensors, model_tensors
 from quantd.kernels import ops
-from quantd.plugins.api import Describes, LinearSpec, Refused, TensorSource
+from quantd.plugins.api import Describes, FromPlain, LinearSpec, Refused, TensorSource
 from quantd.plugins.select import Choice, Registry, Rule, notes, parse_rules, select
 
 _BYTES = {**BLOCKS, "F8_E4M3": (1, 1), "F8_E5M2": (1, 1), "U8": (1, 1), "BOOL": (1, 1)}
@@ -43,7 +43,6 @@ def inspect(request: dict[str, Any], send: child.Send) -> Report:
         _report(report, request, registry)
     except Refused as error:
         report["refused"] = str(error)
-    report["notes"] += ops.notes()
     return report
 
 
@@ -60,6 +59,7 @@ def _report(report: Report, request: dict[str, Any], registry: Registry) -> None
     wanted = request["dtype"]
     dtype = choose_dtype(wanted, config.dtype or stored_dtype(source), device)
     report |= {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    report["notes"] += ops.notes(dtype)
     per_token = block_bytes(config, dtype) // BLOCK_TOKENS
     report["kv_bytes_per_token"] = per_token
     tensors = model_tensors(config, dtype, source.names(), exact=wanted == "float32")
@@ -69,7 +69,7 @@ def _report(report: Report, request: dict[str, Any], registry: Registry) -> None
         _layer(spec, source, device, registry, rules) for spec in tensors.linears.values()
     ]
     choices = choose(config, source, tensors, device, registry, rules)
-    report["notes"] += notes(source.config, choices.linears)
+    report["notes"] += notes(source, tensors.linears.values(), choices.linears)
     report["embedding"] = _embedding(tensors, source, device, choices.embedding)
     linears = [layer["loaded_bytes"] for layer in report["layers"]]
     vectors = 4 * sum(vector.size for vector in tensors.vectors.values())
@@ -172,8 +172,9 @@ def _format(spec: LinearSpec, source: TensorSource, device: torch.device, choice
             "loaded_bytes": about.nbytes,
             "described": True,
         }
-    types = Counter(source.dtype(name) for name in names)
-    return out | {"format": "/".join(sorted(types)), "loaded_bytes": stored}
+    types = "/".join(sorted({source.dtype(name) for name in names}))
+    made = "made from " if isinstance(choice.quantizer, FromPlain) else ""
+    return out | {"format": f"{made}{types}", "loaded_bytes": stored}
 
 
 def _embedding(

@@ -104,9 +104,9 @@ def load_model(load: LoadModel, progress: Progress) -> Model:
         seconds=time.perf_counter() - started,
         quantizers=count_quantizers(choices.linears),
         notes=(
-            *ops.notes(),
+            *ops.notes(dtype),
             *registry.warnings,
-            *notes(checkpoint.config, choices.linears),
+            *notes(source, tensors.linears.values(), choices.linears),
             *_pool_notes(pools, max_context),
         ),
     )

@@ -22,7 +22,7 @@ from quantd.daemon.worker.models.config import ModelConfig
 from quantd.daemon.worker.models.names import ModelTensors, is_ignored
 from quantd.kernels import ops
 from quantd.plugins.api import LinearSpec, Quantizer, QuantLinear, Refused, TensorSource
-from quantd.plugins.select import Choice, Registry, Rule, select
+from quantd.plugins.select import Choice, Registry, Rule, check_rules, select
 
 __all__ = [
     "Choices",
@@ -105,6 +105,7 @@ def choose(
         # Rules are for layers that multiply; a table is read in the format that it has.
         select(_table(config, tensors), source, device, registry),
     )
+    check_rules(rules, tensors.linears.values(), choices.linears)
     expected = _expected(config, source, tensors, choices)
     _refuse("the checkpoint lacks", [name for name in expected if name not in names])
     _refuse(

@@ -36,6 +36,8 @@ _DTYPES = {
 }
 _MAX_HEADER = 100_000_000
 """As the reference implementation."""
+_SHOWN = 4
+"""Files in a message; the rest is counted."""
 _MAP_NORESERVE = 0x4000 if hasattr(mmap, "MAP_POPULATE") else 0
 """Linux: the private mapping is never written, so it need not count as committed memory."""
 
@@ -196,7 +198,11 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
 
 def _no_weights(folder: Path, names: list[str]) -> str:
     if names:
-        return f"{folder} has {len(names)} safetensors files, but no model.safetensors.index.json"
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        return (
+            f"{folder} has {len(names)} safetensors files ({', '.join(names[:_SHOWN])}{more}), but "
+            "no model.safetensors.index.json that says which belong to the model"
+        )
     if any(folder.glob("*.bin")):
         return f"{folder} has weights as .bin only, which can run code; convert them to safetensors"
     return f"{folder} has no safetensors file"

@@ -61,6 +61,14 @@ def unpack_stream(words: Tensor, bits: int) -> Tensor:
     return out.view(rows, -1)
 
 
+def symmetric_version(stored: Tensor, bits: int) -> int | None:
+    """The version in which these stored zero points all are the middle, or None."""
+    first, middle = int(stored[0, 0]), 1 << (bits - 1)
+    if first not in (middle - 1, middle) or not bool((stored == first).all()):
+        return None
+    return 2 if first == middle else 1
+
+
 def unpack_zeros(qzeros: Tensor, bits: int, *, version: int, sym: bool, carries: bool) -> Zeros:
     """A symmetric weight whose zero points are all those of the other version is of that one.
 
@@ -69,11 +77,8 @@ def unpack_zeros(qzeros: Tensor, bits: int, *, version: int, sym: bool, carries:
     was there before a writer subtracted it so.
     """
     stored = unpack_stream(qzeros.contiguous(), bits)
-    middle = 1 << (bits - 1)
-    if sym:
-        first = int(stored[0, 0])
-        if first in (middle - 1, middle) and bool((stored == first).all()):
-            return Zeros(middle, None)
+    if sym and symmetric_version(stored, bits) is not None:
+        return Zeros(1 << (bits - 1), None)
     if version == 1 and carries and bits != 3:
         # As a signed number, because int32 is; the sum wraps.
         ones = sum(1 << at for at in range(0, 31, bits))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -10,9 +10,19 @@ from torch import Tensor
 from quantd.kernels import ops
 from quantd.plugins import parts
 from quantd.plugins.api import Description, LinearSpec, QuantLinear, Refused, TensorSource
-from quantd.plugins.gptq.format import Columns, Zeros, arrange, unpack_rows, unpack_zeros
-from quantd.plugins.gptq.settings import Settings, read_settings
+from quantd.plugins.gptq.format import (
+    Columns,
+    Zeros,
+    arrange,
+    symmetric_version,
+    unpack_rows,
+    unpack_stream,
+    unpack_zeros,
+)
+from quantd.plugins.gptq.settings import FORMATS, Settings, read_settings
 from quantd.plugins.grouped import GroupedLinear, Part
+
+_FORMAT_OF = {version: name for name, version in FORMATS.items()}
 
 
 class GptqQuantizer:
@@ -68,6 +78,20 @@ class GptqQuantizer:
                 loaded.append(parts.plain_part(spec, part, source, device))
         return GroupedLinear(loaded, parts.load_bias(spec, source, device))
 
+    def notes(self, spec: LinearSpec, source: TensorSource) -> Collection[str]:
+        found = []
+        for part, rows in zip(spec.parts, spec.part_rows, strict=True):
+            if parts.is_packed(part, source):
+                settings = read_settings(part, spec.in_features, rows, source)
+                held = _held_version(part, settings, source)
+                if held != settings.version:
+                    said, read = (_FORMAT_OF[version] for version in (settings.version, held))
+                    found.append(
+                        f"by quantization_config the zero points are those of {said}, by their "
+                        f"values those of {read}, as which they are read"
+                    )
+        return tuple(dict.fromkeys(found))
+
     def describe(self, spec: LinearSpec, source: TensorSource, device: torch.device) -> Description:
         texts, nbytes = [], 0
         for part, rows in zip(spec.parts, spec.part_rows, strict=True):
@@ -88,6 +112,16 @@ def _text(settings: Settings, columns: int) -> str:
     kind = "symmetric" if settings.sym else "asymmetric"
     order = ", act-order" if settings.desc_act else ""
     return f"{settings.bits} bits, {groups}, {kind}{order}"
+
+
+def _held_version(part: str, settings: Settings, source: TensorSource) -> int:
+    """The version as which the zero points are read, as `unpack_zeros` decides it."""
+    if not settings.sym:
+        return settings.version
+    name = f"{part}.qzeros"
+    parts.check_type(name, source, parts.INTEGERS)
+    stored = unpack_stream(parts.take(name, source), settings.bits)
+    return symmetric_version(stored, settings.bits) or settings.version
 
 
 def _absent(part: str, source: TensorSource) -> list[str]:

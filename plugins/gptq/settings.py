@@ -11,7 +11,8 @@ from quantd.plugins.api import Refused, TensorSource
 from quantd.plugins.gptq.format import BITS
 from quantd.plugins.parts import quantization_config
 
-_FORMATS = {"gptq": 1, "gptq_v2": 2}
+FORMATS = {"gptq": 1, "gptq_v2": 2}
+"""What config.json calls the versions."""
 _WHERE = "quantization_config"
 
 
@@ -94,9 +95,9 @@ def _version(config: Mapping[str, Any]) -> int:
     said = config.get("checkpoint_format", config.get("format")) or "gptq"
     if config.get("is_marlin_format"):
         said = "marlin"
-    if not isinstance(said, str) or said not in _FORMATS:
+    if not isinstance(said, str) or said not in FORMATS:
         raise Refused(f"{_WHERE}.checkpoint_format is {said!r}, must be gptq or gptq_v2")
-    return _FORMATS[said]
+    return FORMATS[said]
 
 
 def _writer(config: Mapping[str, Any]) -> str:

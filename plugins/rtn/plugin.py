@@ -28,6 +28,7 @@ class _Rounded:
 
     name = ""
     api_version = 1
+    from_plain = True
     _text = ""
     _per_row = False
 

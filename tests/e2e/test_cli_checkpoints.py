@@ -114,6 +114,15 @@ def test_inspect_of_a_refused_checkpoint_shows_the_rest_and_fails(copy: Path) ->
     assert f"quantd: {json.loads(as_json.stdout)['refused']}\n" == line + "\n" == as_json.stderr
 
 
+def test_inspect_of_a_file_that_is_no_model_says_it_once(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"not a model, but long enough")
+    done = quantd("inspect", tmp_path / "m.gguf")
+    assert done.returncode == 1
+    assert done.stdout.split() == ["path", f"{tmp_path}/m.gguf"]
+    [line] = done.stderr.splitlines()
+    assert line == "quantd: m.gguf is no sound GGUF file: it begins with b'not ', not with b'GGUF'"
+
+
 def test_inspect_without_a_tokenizer_says_so(copy: Path) -> None:
     (copy / "tokenizer.json").unlink()
     out = succeeds("inspect", copy)
@@ -127,6 +136,8 @@ def test_inspect_of_nothing(tmp_path: Path) -> None:
 
 def test_a_wrong_setting_names_its_flag() -> None:
     assert fails(2, "inspect", "demo", "--dtype", "int3").startswith("--dtype: ")
+    line = fails(2, "inspect", DEMO, "--quantization", "=int8")
+    assert line.startswith('--quantization: models.demo.quantization = "=int8": must be ')
     line = fails(2, "eval", "demo", "demo", "--text", "x", "--dtype-b", "int3")
     assert line.startswith("--dtype-b: ")
 

@@ -89,6 +89,8 @@ def test_notes_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "onednn_problem", lambda _: "no such operation")
     first, second = ops.notes()
     assert "no such file" in first and "no such operation" in second
+    assert ops.notes(torch.bfloat16) == (first, second)
+    assert ops.notes(torch.float32) == (first,), "what it has no use for is not said"
 
 
 def test_a_library_older_than_its_sources_is_not_opened(

@@ -10,8 +10,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_writer import every_matrix, write_gguf
+from gguf_writer import add_words, every_matrix, write_gguf
 from numerics.tiny import FAMILIES, Driver, Family, make_model, prompt_of, reference
+from safetensors.torch import load_file, save_file
 
 from quantd.daemon.worker.gguf_source import open_source
 from quantd.daemon.worker.models.families import read_config
@@ -101,6 +102,47 @@ def test_a_quantized_family_computes_with_its_own_weights(
     (answer,) = driver.run([prompt], chunk=len(prompt))
     expected = reference(model, answer.tokens)[:-1]
     torch.testing.assert_close(answer.logprobs, expected, rtol=0.0, atol=1e-3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_shards_compute_as_one_file_does(tied: bool, tmp_path: Path) -> None:
+    """Whether an output layer is absent is a question to all shards; a quantized table of
+    embeddings then multiplies too."""
+    family = Family("llama", {"tie_word_embeddings": tied})
+    make_model(family, tmp_path)
+    types = every_matrix("Q8_0")
+    write_gguf(tmp_path, tmp_path / "whole.gguf", types)
+    write_gguf(tmp_path, tmp_path / "m.gguf", types, split_max_tensors=7)
+    shards = sorted(tmp_path.glob("m-*.gguf"))
+    assert len(shards) > 3
+    names = [tensor.name for shard in shards for tensor in gguf.GGUFReader(shard).tensors]
+    assert ("output.weight" in names) is not tied
+    prompt = prompt_of(20)
+    answers = []
+    for path in (tmp_path / "whole.gguf", shards[0]):
+        driver = Driver(path, dtype="float32")
+        assert dict(driver.runner.info.quantizers) == {"gguf": 13}
+        answers += driver.run([prompt], chunk=len(prompt))
+    assert torch.equal(answers[0].logprobs, answers[1].logprobs)
+
+
+def test_padded_rows_of_a_gguf_file_are_never_sampled(tmp_path: Path) -> None:
+    """The vocabulary ends before the rows do, and the last rows would always win."""
+    make_model(Family("llama", {"tie_word_embeddings": False}), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    rows = tensors["lm_head.weight"].shape[0]
+    words = rows - 8
+    tensors["model.norm.weight"].fill_(1.0)
+    tensors["lm_head.weight"][words::2] *= 1000
+    tensors["lm_head.weight"][words + 1 :: 2] = -tensors["lm_head.weight"][words::2]
+    save_file(tensors, tmp_path / "model.safetensors")
+    write_gguf(tmp_path, tmp_path / "m.gguf", extra=lambda writer: add_words(writer, words))
+    driver = Driver(tmp_path / "m.gguf", dtype="float32")
+    assert driver.runner.info.vocab_size == words < rows
+    prompt = [token % words for token in prompt_of(20)]
+    (answer,) = driver.run([prompt], chunk=20, num_decodes=12)
+    assert len(answer.tokens) > 30
+    assert max(answer.tokens) < words
 
 
 def _round_weights(model: Any, kind: str) -> None:

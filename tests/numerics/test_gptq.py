@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,10 @@ from numerics.packed import (
     quantization_of,
     spec_of,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from quantd.daemon.worker.inspect import inspect
 from quantd.plugins.api import Refused
 from quantd.plugins.gptq.plugin import GptqQuantizer
 from quantd.plugins.grouped import GroupedLinear
@@ -160,6 +163,47 @@ def test_symmetric_zeros_say_which_version_they_are(bits: int, label: str, store
     at = np.arange(64) // 32
     expected = (codes - (1 << bits - 1)) * scales[at].T.astype(np.float64)
     assert torch.equal(load(source, 64, 32), torch.from_numpy(expected).float())
+    held = {1: "gptq", 2: "gptq_v2"}[stored]
+    notes = GPTQ.notes(spec_of(64, 32), source)
+    assert len(notes) == (label != held)
+    for note in notes:
+        assert f"quantization_config the zero points are those of {label}, by their" in note
+        assert f"values those of {held}, as which they are read" in note
+
+
+@pytest.mark.parametrize(
+    ("sym", "label", "held"),
+    [
+        (True, "gptq", "gptq_v2"),
+        (True, "gptq_v2", "gptq"),
+        (True, "gptq", "gptq"),
+        (True, None, "gptq"),
+        (False, "gptq", "gptq_v2"),
+    ],
+)
+def test_a_label_that_the_zero_points_contradict_is_one_note(
+    sym: bool, label: str | None, held: str, tmp_path: Path
+) -> None:
+    """Of the whole checkpoint, where loading it and `inspect` show it."""
+    folder = FIXTURES / "gptq-gptqmodel-w4-g32-asym-actorder-v2"
+    tensors = load_file(folder / "model.safetensors")
+    word = {"gptq": 0x77777777, "gptq_v2": 0x88888888 - (1 << 32)}[held]
+    for name, tensor in tensors.items():
+        if name.endswith(".qzeros"):
+            tensor.fill_(word)
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    said = config["quantization_config"] | {"sym": sym, "checkpoint_format": label, "format": label}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    contradicts = sym and (label or "gptq") != held
+    expected = [
+        f"gptq: by quantization_config the zero points are those of {label}, by their values "
+        f"those of {held}, as which they are read (8 of 9 layers)"
+    ]
+    request = {"path": str(tmp_path), "dtype": "float32", "quantization": "auto", "device": "cpu"}
+    for notes in (load_float32(tmp_path).info.notes, inspect(request, print)["notes"]):
+        ours = [note for note in notes if note.startswith("gptq: ")]
+        assert ours == (expected if contradicts else [])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -213,8 +257,11 @@ def test_fused_parts_have_orders_of_their_own_and_may_be_plain() -> None:
         tensors[f"{name}.g_idx"] = torch.from_numpy(g_idx.astype(np.int32))
         values = (codes - zeros[g_idx].T - 1) * scales[g_idx].T.astype(np.float64)
         expected.append(torch.from_numpy(values).float())
-    dynamic = {"-:v": {}, "+:k$": {"bits": 8}}
-    source = Source(tensors, quant_method="gptq", bits=4, group_size=32, dynamic=dynamic)
+    said = {
+        "dynamic": {"-:v": {}, "+:k$": {"bits": 8}},
+        "modules_in_block_to_quantize": [["q", "k"]],
+    }
+    source = Source(tensors, quant_method="gptq", bits=4, group_size=32, **said)
     spec = spec_of(64, 32, "q", "k", "v")
     assert GPTQ.claims(spec, source)
     assert GPTQ.tensors(spec, source)["v.weight"] == (32, 64)
@@ -224,6 +271,32 @@ def test_fused_parts_have_orders_of_their_own_and_may_be_plain() -> None:
     x = torch.randn(3, 64)
     torch.testing.assert_close(layer(x), x @ weight.T, rtol=1e-4, atol=1e-2)
     assert source.released == source.tensors.keys()
+
+
+def test_an_output_layer_may_be_packed(tmp_path: Path) -> None:
+    """With settings of its own; against the same checkpoint with that layer plain."""
+    folder = FIXTURES / "gptq-autogptq-w3-g64-asym"
+    tensors = load_file(folder / "model.safetensors")
+    rows, columns = tensors.pop("lm_head.weight").shape
+    codes, zeros, scales = make(4, rows, columns, 2)
+    at = np.arange(columns) // 128
+    weight = torch.from_numpy((codes - zeros[at].T - 1) * scales[at].T.astype(np.float64)).float()
+    config = json.loads((folder / "config.json").read_text())
+    dynamic = {"+:lm_head$": {"bits": 4, "group_size": 128}}
+    config["quantization_config"] |= {"lm_head": True, "dynamic": dynamic}
+    models = []
+    for name, stored in (
+        ("packed", packed(codes, zeros, scales, 4, "lm_head")),
+        ("plain", {"lm_head.weight": weight}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        save_file(tensors | stored, tmp_path / name / "model.safetensors")
+        models.append(load_float32(tmp_path / name))
+    assert models[0].info.quantizers == (("gptq", 9),)
+    assert torch.equal(models[0].weights.linears["lm_head"].dequantize(), weight)
+    got, want = (logits_of(model, torch.arange(40, 60)) for model in models)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3 * float(want.abs().max()))
 
 
 def tensors_of(bits: int = 4) -> dict[str, Tensor]:

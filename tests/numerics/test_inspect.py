@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from quantd.daemon.worker.inspect import inspect
 from quantd.daemon.worker.load import load_model
 from quantd.daemon.worker.loader import Refused
 from quantd.kernels import ops
+from quantd.plugins import parts
+from quantd.plugins.api import LinearSpec, TensorSource
+from quantd.plugins.select import GROUP, Registry
 
 torch.set_num_threads(1)
 
@@ -67,7 +72,7 @@ def test_layers_and_the_file(tmp_path: Path) -> None:
     assert layer["route"] == weight.route
     assert layer["reason"] == "the checkpoint's tensors"
     assert "dense" not in dict(layer["others"])
-    assert report["notes"] == list(ops.notes())
+    assert report["notes"] == list(ops.notes(torch.bfloat16))
 
 
 def test_a_rule_is_the_reason(tmp_path: Path) -> None:
@@ -87,13 +92,43 @@ def test_a_config_that_says_more_than_the_tensors_is_noted(tmp_path: Path) -> No
 
 
 def test_every_installed_quantizer_answers_for_each_layer(tmp_path: Path) -> None:
-    from quantd.plugins.select import Registry
-
     make_model(Family("llama"), tmp_path)
     for layer in look(tmp_path)["layers"]:
         answers = dict(layer["others"])
         assert {*answers, "dense"} == set(Registry().names)
         assert all(answers.values())
+
+
+class Rounded:
+    """A format made from plain weights that does not describe itself."""
+
+    name = "rounded"
+    api_version = 1
+    from_plain = True
+
+    def claims(self, spec: LinearSpec, source: TensorSource) -> bool:
+        return False
+
+    def refuses(self, spec: LinearSpec, device: torch.device) -> str | None:
+        return None
+
+    def tensors(self, spec: LinearSpec, source: TensorSource) -> Mapping[str, tuple[int, ...]]:
+        return parts.plain_shapes(spec)
+
+
+def test_a_format_that_does_not_describe_itself_is_not_taken_for_what_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def registry() -> Registry:
+        dense = EntryPoint("dense", "quantd.plugins.dense.plugin:DenseQuantizer", GROUP)
+        return Registry([dense, EntryPoint("rounded", f"{__name__}:Rounded", GROUP)])
+
+    monkeypatch.setattr("quantd.daemon.worker.inspect.Registry", registry)
+    make_model(Family("llama"), tmp_path)
+    report = look(tmp_path, quantization="*.mlp.*=rounded")
+    assert report["refused"] is None and not report["weight_bytes_exact"]
+    formats = {layer["quantizer"]: layer["format"] for layer in report["layers"]}
+    assert formats == {"dense": "F32 held as float32", "rounded": "made from F32"}
 
 
 # --- what is refused -------------------------------------------------------------------------
@@ -142,7 +177,8 @@ def test_a_type_that_nobody_takes_says_what_each_quantizer_answers(spoiled: Path
     assert_refused_as_loading_does(spoiled, report)
     [layer] = [row for row in report["layers"] if row["quantizer"] is None]
     assert layer["reason"].startswith("no quantizer takes the layer")
-    assert "(dense: the layer's tensors are not of this format; " in layer["reason"]
+    assert "weight F8_E4M3" in layer["reason"] and "weight F32" in layer["reason"]
+    assert layer["reason"].count("the layer's tensors are not of this format") == 1
     assert report["stored"]["types"]["F8_E4M3"] == 1
 
 
@@ -172,7 +208,7 @@ def test_an_empty_folder(tmp_path: Path) -> None:
     assert report == {
         "path": str(tmp_path),
         "refused": f"{tmp_path} has no config.json",
-        "notes": list(ops.notes()),
+        "notes": [],
     }
 
 
@@ -191,3 +227,22 @@ def test_a_rule_for_what_is_not_installed(spoiled: Path) -> None:
     report = look(spoiled, quantization="nonsense")
     assert "no quantizer 'nonsense' is installed" in report["refused"]
     assert all(layer["quantizer"] is None for layer in report["layers"])
+
+
+@pytest.mark.parametrize(
+    ("quantization", "said"),
+    [
+        ("nonsense", "quantization: the rule *=nonsense: no quantizer 'nonsense' is installed ("),
+        ("*.q_proj=int8", "quantization: the rule *.q_proj=int8 matches no layer; the layers are"),
+        ("int8,lm_head=int4", "quantization: the rule lm_head=int4 is for no layer"),
+        ("gptq", "quantization: no layer that the rule *=gptq is for has tensors of gptq"),
+        ("lm_head=gguf,*=int4", "quantization: no layer that the rule lm_head=gguf is for has"),
+        ("*.mlp.*=", "quantization = '*.mlp.*=': '*.mlp.*=' is neither a name nor glob=name"),
+    ],
+)
+def test_a_rule_that_cannot_be_followed_names_the_field(
+    spoiled: Path, quantization: str, said: str
+) -> None:
+    report = look(spoiled, quantization=quantization)
+    assert report["refused"].startswith(said)
+    assert_refused_as_loading_does(spoiled, report, quantization=quantization)

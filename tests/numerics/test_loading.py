@@ -197,6 +197,17 @@ def test_refuses_a_folder_without_weights(copy: Path) -> None:
     assert "convert them to safetensors" in refusal(copy)
 
 
+def test_refuses_to_guess_which_of_several_files_is_meant(copy: Path) -> None:
+    """One of any name is the model, as AutoGPTQ writes it."""
+    (copy / "model.safetensors").rename(copy / "gptq_model-4bit-128g.safetensors")
+    SafetensorsSource(copy, {})
+    (copy / "other.safetensors").write_bytes(b"")
+    assert (
+        "has 2 safetensors files (gptq_model-4bit-128g.safetensors, other.safetensors), but no "
+        "model.safetensors.index.json that says which belong to the model"
+    ) in refusal(copy)
+
+
 def test_refuses_a_folder_without_config(copy: Path) -> None:
     (copy / "config.json").write_text("{")
     assert "is not JSON" in refusal(copy)

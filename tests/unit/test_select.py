@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -10,7 +11,16 @@ import pytest
 import torch
 
 from quantd.plugins.api import LinearSpec, QuantLinear, Refused, TensorSource, api_version
-from quantd.plugins.select import GROUP, Choice, Registry, Rule, notes, parse_rules, select
+from quantd.plugins.select import (
+    GROUP,
+    Choice,
+    Registry,
+    Rule,
+    check_rules,
+    notes,
+    parse_rules,
+    select,
+)
 
 CPU = torch.device("cpu")
 SPEC = LinearSpec(
@@ -46,9 +56,10 @@ class Headers:
 
 
 class Packed:
-    """Claims layers with a qweight; takes multiples of its group only."""
+    """Claims layers with a qweight and is made from plain ones; takes multiples of its group."""
 
     name = "packed"
+    from_plain = True
     api_version = api_version
     made = 0
 
@@ -68,6 +79,26 @@ class Packed:
 
     def load(self, spec: LinearSpec, source: TensorSource, device: torch.device) -> QuantLinear:
         raise NotImplementedError
+
+
+class Stored:
+    """Claims layers with a qweight, and cannot be made from plain ones."""
+
+    name = "stored"
+    api_version = api_version
+
+    def claims(self, spec: LinearSpec, source: TensorSource) -> bool:
+        return f"{spec.parts[0]}.qweight" in source.names()
+
+    def refuses(self, spec: LinearSpec, device: torch.device) -> str | None:
+        return None
+
+
+class Talks(Packed):
+    name = "talks"
+
+    def notes(self, spec: LinearSpec, source: TensorSource) -> Collection[str]:
+        return ("the label is wrong", f"{spec.in_features} columns")
 
 
 class OldVersion(Packed):
@@ -92,7 +123,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
     import types
 
     module = types.ModuleType("formats_of_a_test")
-    for item in (Packed, OldVersion, broken):
+    for item in (Packed, Stored, Talks, OldVersion, broken):
         setattr(module, item.__name__, item)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     Packed.made = 0
@@ -155,7 +186,8 @@ def test_a_rule_cannot_turn_one_format_into_another() -> None:
     with pytest.raises(Refused) as refused:
         select(SPEC, Headers("qweight", "I32"), CPU, formats, (Rule("*", "dense"),))
     assert str(refused.value) == (
-        f"the rule *=dense cannot hold for the layer {SPEC.name}: it is already packed"
+        "quantization: the rule *=dense cannot hold for the layer "
+        f"{SPEC.name}: it is already packed"
     )
     kept = select(SPEC, Headers("qweight", "I32"), CPU, formats, (Rule("*", "packed"),))
     assert (kept.quantizer.name, kept.stored) == ("packed", "packed")
@@ -184,12 +216,25 @@ def test_plain_tensors_under_a_quantized_config_are_a_note() -> None:
     config = {"quantization_config": {"quant_method": "gptq"}}
     plain = select(SPEC, Headers("weight", config=config), CPU, formats)
     ruled = select(SPEC, Headers("weight"), CPU, formats, (Rule("*", "packed"),))
-    assert notes(config, [plain, ruled]) == (
+    source = Headers("weight", config=config)
+    assert notes(source, [SPEC, SPEC], [plain, ruled]) == (
         "config.json says quant_method 'gptq' but the tensors of all 2 layers are plain",
     )
     packed: Choice = select(SPEC, Headers("qweight", "I32"), CPU, formats)
-    assert notes(config, [plain, packed]) == ()
-    assert notes({}, [plain]) == ()
+    assert notes(source, [SPEC, SPEC], [plain, packed]) == ()
+    assert notes(Headers("weight"), [SPEC], [plain]) == ()
+
+
+def test_what_formats_note_of_their_layers_is_counted() -> None:
+    formats = registry(talks="formats_of_a_test:Talks", packed="formats_of_a_test:Packed")
+    source = Headers("qweight", "I32")
+    talks = select(SPEC, source, CPU, formats, (Rule("*", "talks"),))
+    silent = select(SPEC, source, CPU, formats)
+    assert silent.quantizer.name == "packed"
+    assert notes(source, [SPEC] * 3, [talks, silent, talks]) == (
+        "talks: the label is wrong (2 of 3 layers)",
+        f"talks: {SPEC.in_features} columns (2 of 3 layers)",
+    )
 
 
 def test_a_broken_format_is_a_warning_that_names_it() -> None:
@@ -227,3 +272,48 @@ def test_rules_as_text() -> None:
     for text in ("=dense", "a=", "a=b,"):
         with pytest.raises(Refused, match="neither a name nor glob=name"):
             parse_rules(text)
+
+
+STORED = Rule("*", "stored")
+
+
+def test_a_rule_leaves_plain_what_its_format_cannot_be_made_from() -> None:
+    """As the output layer of a quantized checkpoint, under the rule that names its format."""
+    formats = registry(stored="formats_of_a_test:Stored")
+    plain = select(SPEC, Headers("weight"), CPU, formats, (STORED,))
+    assert (plain.quantizer.name, plain.stored) == ("dense", "dense")
+    assert plain.reason == "the rule *=stored, but the layer's tensors are plain"
+    packed = select(SPEC, Headers("qweight", "I32"), CPU, formats, (STORED,))
+    assert packed.quantizer.name == "stored"
+    check_rules((STORED,), [SPEC, SPEC], [plain, packed])
+    with pytest.raises(Refused) as refused:
+        check_rules((STORED,), [SPEC, SPEC], [plain, plain])
+    assert str(refused.value) == (
+        "quantization: no layer that the rule *=stored is for has tensors of stored, which cannot "
+        "be made from plain ones"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("packed", None),
+        ("lm_head=auto,*.layers.*=packed", None),
+        ("*_head=dense,packed", None),
+        ("lm_heed=packed", "lm_heed=packed matches no layer; the layers are lm_head, model.layers"),
+        ("*.q_proj=packed", "matches no layer; .* lm_head, model.layers.N.self_attn.qkv_proj"),
+        ("lm_heed=auto,packed", "the rule lm_heed=auto matches no layer"),
+        ("packed,lm_head=dense", "the rule lm_head=dense is for no layer: rules before it match"),
+    ],
+)
+def test_a_rule_without_effect_is_refused(text: str, message: str | None) -> None:
+    formats = registry(packed="formats_of_a_test:Packed")
+    source, rules = Headers("weight"), parse_rules(text)
+    other = replace(SPEC, name="model.layers.11.self_attn.qkv_proj")
+    specs = [SPEC, other, replace(SPEC, name="lm_head")]
+    choices = [select(spec, source, CPU, formats, rules) for spec in specs]
+    if message is None:
+        check_rules(rules, specs, choices)
+        return
+    with pytest.raises(Refused, match=f"quantization: .*{message}"):
+        check_rules(rules, specs, choices)
