@@ -239,8 +239,12 @@ class Scheduler:
         for seq in self._fetching.overdue(now):
             self._ready.add(seq)
         self._start_waiting(now)
-        going = [seq for seq in self._running if self._goes_on(seq)]
-        left = [seq.num_expected_tokens - seq.num_scheduled_tokens for seq in going]
+        going, left = [], []
+        for seq in self._running:
+            num_left = self._left(seq)
+            if num_left:
+                going.append(seq)
+                left.append(num_left)
         sizes = share_budget(self._budget(len(going)), left) if going else []
         chunks = self._place(going, sizes, now)
         if not chunks and not self._kv.has_orders:
@@ -297,7 +301,8 @@ class Scheduler:
         It ends at the first that does not fit: what is smaller and behind may not overtake, or
         what is large would wait for ever.
         """
-        if not self._ready:
+        first = self._ready.first()
+        if first is None or (self._is_full and not self._may_displace(first, self._running[-1])):
             return
         room = self._tables.room(self._running)
         num_aged = sum(seq.aged for seq in self._running)
@@ -325,6 +330,13 @@ class Scheduler:
             room -= self._tables.needed(seq, match)
             self._start(seq, match, now)
 
+    @property
+    def _is_full(self) -> bool:
+        return len(self._running) >= self._max_running
+
+    def _may_displace(self, seq: Sequence, victim: Sequence) -> bool:
+        return not victim.aged and self._policy.displaces(seq, victim)
+
     def _fits(self, seq: Sequence, match: Match, room: int, num_running: int) -> bool:
         needed = self._tables.needed(seq, match)
         # A block more for each of the running ones.
@@ -343,7 +355,7 @@ class Scheduler:
         seen: Counter[int] = Counter()
         gained = 0
         for count, victim in enumerate(reversed(self._running), start=1):
-            if victim.aged or not self._policy.displaces(seq, victim):
+            if not self._may_displace(seq, victim):
                 return False
             seen.update(victim.blocks)
             # Only what no other one owns too comes free; what it had a claim to does as well.
@@ -370,15 +382,14 @@ class Scheduler:
     def _keep_key(self, seq: Sequence) -> Key:
         return (not seq.aged, *self._policy.keep_key(seq))
 
-    def _goes_on(self, seq: Sequence) -> bool:
-        """It has something to compute, and is not certain to end with a token in flight."""
+    def _left(self, seq: Sequence) -> int:
+        """Tokens it has to compute; 0 as well if it is certain to end with a token in flight."""
         expected = seq.num_expected_tokens
-        if seq.num_scheduled_tokens >= expected:
-            return False
-        if not seq.num_pending:
-            return True
-        num_output = expected - seq.num_prompt_tokens
-        return num_output < seq.request.sampling.max_tokens and expected < self._max_context
+        if seq.num_pending:
+            num_output = expected - seq.num_prompt_tokens
+            if num_output >= seq.request.sampling.max_tokens or expected >= self._max_context:
+                return 0
+        return expected - seq.num_scheduled_tokens
 
     def _budget(self, num_going: int) -> int:
         """Tokens of this step: `token_budget`, or what takes STEP_SECONDS where that is less. A

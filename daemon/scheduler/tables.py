@@ -128,7 +128,9 @@ class BlockTables:
                 return False
             seq.blocks += blocks
         seq.num_scheduled_tokens = stop
-        self.publish(seq, merge=False)
+        assert seq.node is not None
+        if stop >= (seq.node.depth + 1) * BLOCK_TOKENS:
+            self.publish(seq, merge=False)
         return True
 
     def publish(self, seq: Sequence, *, merge: bool) -> None:
