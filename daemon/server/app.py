@@ -79,4 +79,5 @@ _ADMIN_ROUTES = [
     web.post("/admin/models/load", admin_routes.load_model),
     web.post("/admin/models/unload", admin_routes.unload_model),
     web.get("/admin/state", admin_routes.state),
+    web.get("/admin/check", admin_routes.check),
 ]

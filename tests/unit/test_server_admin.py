@@ -103,6 +103,15 @@ async def test_load_and_unload(tmp_path: Path) -> None:
         assert (await served.error("/admin/models/load", {}))["param"] == "model"
 
 
+async def test_a_recount_says_what_does_not_hold(tmp_path: Path) -> None:
+    async with unix(tmp_path / "s") as served:
+        assert await served.get("/admin/check") == (200, {"wrong": {}})
+        served.fleet.idle.is_wrong = True
+        status, reply = await served.get("/admin/check")
+        assert status == 500
+        assert "a block is used by no sequence" in reply["wrong"]["org/tiny"]
+
+
 async def test_a_stranger_may_ask_the_model_but_not_administer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

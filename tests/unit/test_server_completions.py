@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from server_fakes import BOS, Answer, FakeFleet, fake_info, logprob_of, serving, spoken
+from server_fakes import BOS, END, EOS, Answer, FakeFleet, fake_info, logprob_of, serving, spoken
 
 URL = "/v1/completions"
 
@@ -240,3 +240,16 @@ async def test_token_ids_for_each_choice() -> None:
         _, reply = await served.post(URL, {"prompt": ["a", "b"], "return_token_ids": True})
         assert [c["token_ids"] for c in reply["choices"]] == [[120], [120]]
         assert [c["prompt_token_ids"] for c in reply["choices"]] == [[BOS, 97], [BOS, 98]]
+
+
+async def test_a_stream_has_every_token_id_also_those_without_text() -> None:
+    async with serving() as served:
+        events = [(120,), (EOS,), (0xC3,), (EOS, END)]
+        served.engine.answer = lambda request: Answer(events, "length")
+        body = {"prompt": "a", "max_tokens": 5, "ignore_eos": True, "return_token_ids": True}
+        _, reply = await served.post(URL, body)
+        whole = reply["choices"][0]["token_ids"]
+        assert whole == [120, EOS, 0xC3, EOS, END]
+        chunks = await served.chunks(URL, {**body, "stream": True})
+        parts = [c.get("token_ids", []) for chunk in chunks for c in chunk["choices"]]
+        assert [token for part in parts for token in part] == whole
