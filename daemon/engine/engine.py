@@ -13,7 +13,7 @@ import msgspec
 import structlog
 
 from quantd.daemon.engine.executor import Executor
-from quantd.daemon.engine.metrics import EngineMetrics
+from quantd.daemon.engine.metrics import EngineMetrics, Totals
 from quantd.daemon.engine.stats import EngineStats, RequestState
 from quantd.daemon.engine.stream import Leaving, TokenStream
 from quantd.daemon.errors import RequestError, Unavailable
@@ -70,6 +70,7 @@ class Engine:
         self._info = info
         self._scheduler = scheduler
         self._metrics = metrics
+        self._totals = Totals(scheduler, info.block_bytes, metrics)
         self._clock = clock
         self._active: dict[int, _Active] = {}
         self._ids = itertools.count(1)
@@ -102,6 +103,8 @@ class Engine:
         return self._ended
 
     def stats(self) -> EngineStats:
+        """As it is now. The model's metrics are up to date afterwards."""
+        self._totals.carry()
         scheduler = self._scheduler
         return EngineStats(
             running=scheduler.num_running,
@@ -319,6 +322,7 @@ class Engine:
             self._scheduler.abort(seq_id)
             active.stream.finish("error", reason)
             self._forget(seq_id, "error")
+        self._totals.carry()
         self._work.set()
 
     def _forget(self, seq_id: int, reason: str) -> None:

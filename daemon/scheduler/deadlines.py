@@ -22,8 +22,9 @@ class Deadlines:
     def remove(self, seq: Sequence) -> None:
         """No effect if it has no deadline."""
         self._live.pop(seq.id, None)
-        if not self._live:
-            self._heap.clear()
+        if len(self._heap) > 2 * len(self._live) + 64:
+            self._heap = [entry for entry in self._heap if entry[1] in self._live]
+            heapq.heapify(self._heap)
 
     def due(self, now: float) -> list[Sequence]:
         """Those whose time is over; once each."""

@@ -543,16 +543,16 @@ class Scheduler:
 
 
 def _over(seq: Sequence) -> str:
-    assert seq.request.deadline is not None
-    seconds = seq.request.deadline - seq.request.arrival
+    seconds = seq.request.timeout
+    assert seconds is not None
     made = f"{seq.num_output_tokens} of at most {seq.request.sampling.max_tokens} tokens were made"
     doing = made if seq.started_at is not None else "the request was still waiting"
     return f"the timeout of {seconds:g} s is over: {doing}"
 
 
 def _hopeless(seq: Sequence) -> str:
-    assert seq.request.deadline is not None
-    seconds = seq.request.deadline - seq.request.arrival
+    seconds = seq.request.timeout
+    assert seconds is not None
     return (
         f"the timeout of {seconds:g} s cannot be met: at the present speed the "
         f"{seq.num_prompt_tokens} tokens of the prompt take longer than what is left of it"
