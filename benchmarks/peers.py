@@ -92,6 +92,15 @@ class RunningPeer:
     ) -> None:
         self._stop()
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def log(self) -> str:
+        """What it has written so far."""
+        return self._log.read_text(errors="replace")
+
     def peak_mebibytes(self) -> int:
         """Peak resident memory of the server's process and its children, added up."""
         assert self._process is not None

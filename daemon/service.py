@@ -263,5 +263,4 @@ def _sample(status: ModelStatus) -> ModelSample:
         requests_running=stats.running,
         requests_waiting=stats.waiting,
         kv=stats.kv,
-        preemptions=stats.preemptions,
     )

@@ -70,6 +70,9 @@ class Request(msgspec.Struct, frozen=True):
     """KV blocks are shared only between requests of one salt."""
     deadline: float | None = None
     """On the same clock; later than this nobody wants the answer."""
+    timeout: float | None = None
+    """What the caller asked for, in seconds, when there is a deadline. It began when the request
+    came in, before a wait for the model to load, which `arrival` does not count."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -113,6 +116,8 @@ class LoadModel(msgspec.Struct, frozen=True, tag="load"):
     """Budget of the host pool, to which blocks spill; 0: there is none."""
     disk_kv_path: str | None = None
     """Folder of the blocks on disk; None: there are none. Needs a host pool."""
+    disk_kv_bytes: int = 0
+    """Most bytes of files in that folder, also of other models that were here before."""
     load_format: str = "auto"
     """auto | dummy (random weights of the shapes in config.json)"""
     device: str = "auto"

@@ -110,6 +110,7 @@ def make_request(
         caller=caller,
         cache_salt=cache_salt,
         deadline=deadline,
+        timeout=None if deadline is None else deadline - arrival,
     )
 
 

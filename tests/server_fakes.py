@@ -151,6 +151,11 @@ class IdleEngine:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.is_wrong = False
+        """Its recount finds something."""
+
+    def check(self) -> None:
+        assert not self.is_wrong, "a block is used by no sequence"
 
     def stats(self) -> EngineStats:
         kv = make_tables(8).kv.stats()

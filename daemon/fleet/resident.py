@@ -143,6 +143,7 @@ def _frame(model: ModelSettings) -> LoadModel:
         kv_bytes=model.kv_bytes,
         host_kv_bytes=model.host_kv_bytes,
         disk_kv_path=None if model.disk_kv_path is None else str(model.disk_kv_path),
+        disk_kv_bytes=model.disk_kv_bytes,
         load_format=model.load_format,
         device=model.device,
         threads=model.threads,

@@ -193,7 +193,7 @@ class KvCache:
             self.pool.release((block,))
             return child
         if self.disk is not None:
-            self._unsaved.append(child)
+            self._note_unsaved(child)
         child.block, child.step = block, self.step
         self.pool.hold(block)
         parent.num_device_children += 1
@@ -252,10 +252,10 @@ class KvCache:
         beginnings, which a new process needs first, would reach the disk last. True: there are
         orders for a plan."""
         disk, host = self.disk, self.host
-        if disk is None or host is None or disk.problem is not None:
+        if disk is None or host is None or disk.rests:
             self._unsaved.clear()
             return False
-        while self._unsaved and self._may_write:
+        while self._unsaved and self._may_write and disk.may_write:
             node = self._unsaved[0]
             whole = node.block != NONE and not self.pool.is_trimmed(node.block)
             if whole and digest_of(node) not in disk and node.place == NONE:
@@ -452,6 +452,13 @@ class KvCache:
             self.tree.forget_root(parent)
         else:
             self._offer(parent)
+
+    def _note_unsaved(self, node: Node) -> None:
+        """An engine that is never at rest never calls `save`: what is gone is dropped by and by."""
+        if len(self._unsaved) > 2 * self.tree.num_nodes + 64:
+            there = (n for n in self._unsaved if n.block != NONE or n.place != NONE)
+            self._unsaved = deque(dict.fromkeys(there))  # each once
+        self._unsaved.append(node)
 
     def _write(self, node: Node) -> None:
         """Begin to write a spilled block to disk, which owns its place until that is done."""

@@ -7,11 +7,17 @@ same after a restart. The worker checks when it reads that a file holds what its
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from quantd.daemon.kv.tree import Node
 from quantd.daemon.types import DiskOp
+
+FIRST_REST_SECONDS = 10.0
+LONGEST_REST_SECONDS = 600.0
+"""After a failed write nothing is written for the first, after each further failure for twice the
+time before, and never for longer than the second."""
 
 
 def chain(digest: bytes, key: bytes) -> bytes:
@@ -37,15 +43,19 @@ class DiskIndex:
     """Names of files, least recently used first, within a budget. Moves no bytes: what is to be
     done stands in `ops`, which go out with the next plan."""
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._budget_bytes = budget_bytes
+        self._clock = clock
         self._file_bytes = 0
         self._files: OrderedDict[bytes, None] = OrderedDict()
         """The complete ones, and those that are being written."""
         self._writing: set[bytes] = set()
         self.ops: list[DiskOp] = []
         self.problem: str | None = None
-        """Why nothing is written any more. Reads that fail only forget their file."""
+        """Why the last write failed; None once one has succeeded since. Reads that fail only
+        forget their file."""
+        self._rest_seconds = FIRST_REST_SECONDS
+        self._rests_until = 0.0
 
     @property
     def capacity(self) -> int:
@@ -67,9 +77,21 @@ class DiskIndex:
             self._files[name] = None
         self._keep_budget()
 
+    @property
+    def rests(self) -> bool:
+        """After a failed write, for a time."""
+        return self.problem is not None and self._clock() < self._rests_until
+
+    @property
+    def may_write(self) -> bool:
+        """After a rest: one file at a time, until one has succeeded."""
+        if self.capacity == 0 or self.rests:
+            return False
+        return self.problem is None or not self._writing
+
     def write(self, name: bytes, place: int) -> bool:
         """Begin to write, unless it is there; False: nothing was begun."""
-        if self.problem is not None or name in self._files or self.capacity == 0:
+        if name in self._files or not self.may_write:
             return False
         self._files[name] = None
         self._writing.add(name)
@@ -79,9 +101,15 @@ class DiskIndex:
 
     def written(self, name: bytes, error: str | None) -> None:
         self._writing.discard(name)
-        if error is not None:
-            self._files.pop(name, None)
-            self.problem = error
+        if error is None:
+            self.problem, self._rest_seconds = None, FIRST_REST_SECONDS
+            return
+        self._files.pop(name, None)
+        now = self._clock()
+        if self.problem is None or now >= self._rests_until:  # else it was sent before the rest
+            self._rests_until = now + self._rest_seconds
+            self._rest_seconds = min(2 * self._rest_seconds, LONGEST_REST_SECONDS)
+        self.problem = error
 
     def read(self, name: bytes, place: int) -> None:
         assert name in self

@@ -23,8 +23,9 @@ class Deadlines:
     def remove(self, seq: Sequence) -> None:
         """No effect if it has no deadline."""
         self._live.pop(seq.id, None)
-        if not self._live:
-            self._heap.clear()
+        if len(self._heap) > 2 * len(self._live) + 64:
+            self._heap = [entry for entry in self._heap if entry[1] in self._live]
+            heapq.heapify(self._heap)
 
     def due(self, now: float) -> list[Sequence]:
         """Those whose time is over; once each."""
@@ -46,16 +47,16 @@ def is_hopeless(seq: Sequence, now: float, token_seconds: float | None) -> bool:
 
 
 def why_over(seq: Sequence) -> str:
-    assert seq.request.deadline is not None
-    seconds = seq.request.deadline - seq.request.arrival
+    seconds = seq.request.timeout
+    assert seconds is not None
     made = f"{seq.num_output_tokens} of at most {seq.request.sampling.max_tokens} tokens were made"
     doing = made if seq.started_at is not None else "the request was still waiting"
     return f"the timeout of {seconds:g} s is over: {doing}"
 
 
 def why_hopeless(seq: Sequence) -> str:
-    assert seq.request.deadline is not None
-    seconds = seq.request.deadline - seq.request.arrival
+    seconds = seq.request.timeout
+    assert seconds is not None
     return (
         f"the timeout of {seconds:g} s cannot be met: at the present speed the "
         f"{seq.num_prompt_tokens} tokens of the prompt take longer than what is left of it"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+import structlog
 from aiohttp import web
 
+from quantd.daemon.config.rules import Size
 from quantd.daemon.errors import ConfigError, RequestError
 from quantd.daemon.server.body import read_body
 from quantd.daemon.server.context import CONTEXT
@@ -16,6 +20,8 @@ from quantd.daemon.server.models import json_response
 
 if TYPE_CHECKING:
     from quantd.daemon.engine import Engine
+
+_log = structlog.get_logger("quantd.admin")
 
 
 class ModelBody(msgspec.Struct):
@@ -75,10 +81,16 @@ async def unload_model(request: web.Request) -> web.Response:
 
 
 async def state(request: web.Request) -> web.Response:
-    """Queue, batch, requests and KV blocks of each model in memory, by name."""
-    fleet = request.app[CONTEXT].fleet
-    engines = {name: fleet.engine_of(name) for name in fleet.loaded()}
-    return json_response({"engines": {name: _state(engine) for name, engine in engines.items()}})
+    """How long the daemon has been there; queue, batch, requests and KV blocks of each model in
+    memory, by name."""
+    context = request.app[CONTEXT]
+    engines = {name: context.fleet.engine_of(name) for name in context.fleet.loaded()}
+    return json_response(
+        {
+            "uptime_seconds": context.clock.monotonic() - context.started,
+            "engines": {name: _state(engine) for name, engine in engines.items()},
+        }
+    )
 
 
 def _state(engine: Engine) -> dict[str, object]:
@@ -87,9 +99,24 @@ def _state(engine: Engine) -> dict[str, object]:
     return {**stats._asdict(), "kv": stats.kv._asdict(), "requests": requests}
 
 
+async def check(request: web.Request) -> web.Response:
+    """Recounts the sequences and KV blocks of each model in memory: what does not hold, by name. A
+    500 if there is anything."""
+    fleet = request.app[CONTEXT].fleet
+    wrong = {}
+    for name in fleet.loaded():
+        try:
+            fleet.engine_of(name).check()
+        except AssertionError:
+            _log.exception("a recount found what does not hold", model=name)
+            wrong[name] = traceback.format_exc(limit=-1)
+    return json_response({"wrong": wrong}, status=500 if wrong else 200)
+
+
 class KvBody(msgspec.Struct):
     model: str
-    kv_bytes: int | None = None
+    kv_bytes: int | str | None = None
+    """A string is a size as in the configuration: "16MiB"."""
     shrink: bool = False
 
 
@@ -103,7 +130,17 @@ async def kv(request: web.Request) -> web.Response:
         raise RequestError("kv_bytes or shrink is needed", param="kv_bytes")
     engine = request.app[CONTEXT].fleet.engine_of(body.model)
     if body.kv_bytes is not None:
-        engine.resize(body.kv_bytes)
+        engine.resize(_size("kv_bytes", body.kv_bytes))
     if body.shrink:
         engine.shrink()
     return json_response(engine.stats().kv._asdict())
+
+
+def _size(name: str, value: int | str) -> int:
+    rule = Size(low=1)
+    try:
+        size = rule.read(value, Path())
+    except ValueError:
+        raise RequestError(f"{name} is {value!r}, must be {rule.allowed}", param=name) from None
+    assert isinstance(size, int)
+    return size

@@ -37,7 +37,8 @@ def create_app(
     app = web.Application(
         client_max_size=settings.body_limit_bytes, middlewares=[middleware.errors, guard]
     )
-    app[CONTEXT] = Context(settings, fleet, metrics, keys or ApiKeys(), clock or Clock())
+    clock = clock or Clock()
+    app[CONTEXT] = Context(settings, fleet, metrics, keys or ApiKeys(), clock, clock.monotonic())
     app.on_response_prepare.append(middleware.add_headers)
     app.add_routes(_ROUTES)
     if admin is not None:
@@ -79,4 +80,5 @@ _ADMIN_ROUTES = [
     web.post("/admin/models/load", admin_routes.load_model),
     web.post("/admin/models/unload", admin_routes.unload_model),
     web.get("/admin/state", admin_routes.state),
+    web.get("/admin/check", admin_routes.check),
 ]

@@ -217,7 +217,7 @@ class CompletionChunks:
             base = self._bases.get(index, 0)
             logprobs = completion_logprobs(made.text, made.options, delta.entries, base)
         data = b""
-        if text or logprobs is not None:
+        if text or delta.entries or logprobs is not None:
             data = template.chunk(
                 index,
                 b'"text":' + msgspec.json.encode(text),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -35,7 +35,9 @@ class Context:
     fleet: Fleet
     metrics: Metrics
     keys: ApiKeys
-    clock: Clock = field(default_factory=Clock)
+    clock: Clock
+    started: float
+    """When the daemon came up, by `clock.monotonic`."""
 
 
 CONTEXT = web.AppKey("context", Context)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 from aiohttp import web
 
-from quantd.daemon.errors import RequestError
+from quantd.daemon.errors import DeadlineExceeded, RequestError
 from quantd.daemon.scheduler.admission import usable_context
 from quantd.daemon.server.choice import Choice, Delta
 from quantd.daemon.server.context import CALLER, CONTEXT
@@ -26,7 +26,7 @@ from quantd.daemon.text import OutputText
 from quantd.daemon.types import Request
 
 if TYPE_CHECKING:
-    from quantd.daemon.fleet import Lease
+    from quantd.daemon.fleet import Fleet, Lease
     from quantd.daemon.text import TextModel
 
 
@@ -142,7 +142,9 @@ async def generation(
     """Waits for the model, encodes, submits; gives the model back at the end, and what still runs
     is aborted whatever the reason: a client that left, a stop string, an error."""
     context = request.app[CONTEXT]
-    async with await context.fleet.lease(model) as lease:
+    came = context.clock.monotonic()
+    deadline = None if options.timeout is None else came + options.timeout
+    async with await _lease(context.fleet, model, options.timeout) as lease:
         arrival = context.clock.monotonic()
         vocab_size = lease.info.vocab_size
         prompts = [_checked(p, options, vocab_size, api) for p in await encode(lease.text)]
@@ -157,7 +159,7 @@ async def generation(
         )
         try:
             try:
-                _submit(made, lease, arrival, request[CALLER])
+                _submit(made, lease, arrival, deadline, request[CALLER])
             except RequestError as error:
                 error.param = api.fields.get(error.param or "", error.param)
                 raise
@@ -176,7 +178,24 @@ def _checked(prompt: Prompt, options: Options, vocab_size: int, api: Api) -> Pro
     return Prompt(ids, prompt.text if len(ids) == len(prompt.ids) else None)
 
 
-def _submit(made: Generation, lease: Lease, arrival: float, caller: str) -> None:
+async def _lease(fleet: Fleet, model: str | None, timeout: float | None) -> Lease:
+    """Waits while the model loads, but not longer than the caller would."""
+    waiting = asyncio.timeout(timeout)
+    try:
+        async with waiting:
+            return await fleet.lease(model)
+    except TimeoutError:
+        if not waiting.expired():
+            raise
+        raise DeadlineExceeded(
+            f"the timeout of {timeout:g} s is over: the model was still being loaded",
+            param="timeout",
+        ) from None
+
+
+def _submit(
+    made: Generation, lease: Lease, arrival: float, deadline: float | None, caller: str
+) -> None:
     """All or none: when a later one is refused, the caller's `finally` aborts the earlier ones."""
     options, info, choices = made.options, lease.info, made.choices
     context = usable_context(info)
@@ -193,7 +212,8 @@ def _submit(made: Generation, lease: Lease, arrival: float, caller: str) -> None
                 arrival=arrival,
                 caller=caller,
                 cache_salt=options.cache_salt,
-                deadline=None if options.timeout is None else arrival + options.timeout,
+                deadline=deadline,
+                timeout=options.timeout,
             )
             output = OutputText(
                 lease.text,

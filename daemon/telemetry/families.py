@@ -33,6 +33,33 @@ _COUNTERS: tuple[tuple[str, str, Callable[[EngineMetrics], float]], ...] = (
     ),
     ("quantd_step_seconds", "Time spent in steps.", lambda engine: engine.step_seconds),
 )
+_Labelled = Callable[[EngineMetrics], Mapping[tuple[str, ...], int]]
+_LABELLED: tuple[tuple[str, str, tuple[str, ...], _Labelled], ...] = (
+    (
+        "quantd_requests",
+        "Finished requests by how they ended.",
+        ("outcome",),
+        lambda engine: _by_word(engine.finished),
+    ),
+    (
+        "quantd_preemptions",
+        "Running requests that had to give up their place, by what it was needed for.",
+        ("reason",),
+        lambda engine: _by_word(engine.preempted),
+    ),
+    (
+        "quantd_spill_bytes",
+        "KV bytes moved out to a lower tier, or back in from it.",
+        ("direction", "tier"),
+        lambda engine: engine.moved_bytes,
+    ),
+    (
+        "quantd_kv_return",
+        "Requests that found spilled KV blocks, by how they got them back.",
+        ("how",),
+        lambda engine: _by_word(engine.returned),
+    ),
+)
 _HISTOGRAMS: tuple[tuple[str, str, Callable[[EngineMetrics], Histogram]], ...] = (
     (
         "quantd_queue_seconds",
@@ -52,6 +79,10 @@ _HISTOGRAMS: tuple[tuple[str, str, Callable[[EngineMetrics], Histogram]], ...] =
 )
 
 
+def _by_word(counts: Mapping[str, int]) -> Mapping[tuple[str, ...], int]:
+    return {(word,): count for word, count in counts.items()}
+
+
 def families(
     engines: Mapping[str, EngineMetrics], samples: Sequence[ModelSample]
 ) -> Iterator[Metric]:
@@ -61,13 +92,12 @@ def families(
         for model, engine in engines.items():
             counter.add_metric([model], value(engine))
         yield counter
-    outcomes = CounterMetricFamily(
-        "quantd_requests", "Finished requests by how they ended.", labels=["model", "outcome"]
-    )
-    for model, engine in engines.items():
-        for outcome, count in engine.finished.items():
-            outcomes.add_metric([model, outcome], count)
-    yield outcomes
+    for name, help_text, labels, counts in _LABELLED:
+        counter = CounterMetricFamily(name, help_text, labels=["model", *labels])
+        for model, engine in engines.items():
+            for values, count in counts(engine).items():
+                counter.add_metric([model, *values], count)
+        yield counter
     for name, help_text, histogram in _HISTOGRAMS:
         family = HistogramMetricFamily(name, help_text, labels=["model"])
         for model, engine in engines.items():
@@ -92,21 +122,6 @@ def _gauges(samples: Sequence[ModelSample]) -> Iterator[Metric]:
     states = GaugeMetricFamily(
         "quantd_model_state", "1 for the state that the model is in.", labels=["model", "state"]
     )
-    preemptions = CounterMetricFamily(
-        "quantd_preemptions",
-        "Running requests that had to give up their place, by what it was needed for.",
-        labels=["model", "reason"],
-    )
-    spilled = CounterMetricFamily(
-        "quantd_spill_bytes",
-        "KV bytes moved out to a lower tier, or back in from it.",
-        labels=["model", "direction", "tier"],
-    )
-    returns = CounterMetricFamily(
-        "quantd_kv_return",
-        "Requests that found spilled KV blocks, by how they got them back.",
-        labels=["model", "how"],
-    )
     for sample in samples:
         for state in MODEL_STATES:
             states.add_metric([sample.model, state], float(sample.state == state))
@@ -114,8 +129,6 @@ def _gauges(samples: Sequence[ModelSample]) -> Iterator[Metric]:
             continue
         running.add_metric([sample.model], sample.requests_running)
         waiting.add_metric([sample.model], sample.requests_waiting)
-        for reason, count in sample.preemptions.items():
-            preemptions.add_metric([sample.model, reason], count)
         kv = sample.kv
         if kv is None:
             continue
@@ -129,9 +142,4 @@ def _gauges(samples: Sequence[ModelSample]) -> Iterator[Metric]:
             ("disk", "cached", kv.disk_cached),
         ):
             blocks.add_metric([sample.model, tier, kind], count)
-        for way, count in kv.moved_blocks.items():
-            direction, tier = way.split("_")
-            spilled.add_metric([sample.model, direction, tier], count * kv.block_bytes)
-        returns.add_metric([sample.model, "copy"], kv.fetches)
-        returns.add_metric([sample.model, "compute"], kv.recomputes)
-    return iter((running, waiting, blocks, states, preemptions, spilled, returns))
+    return iter((running, waiting, blocks, states))

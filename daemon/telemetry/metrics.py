@@ -9,7 +9,7 @@ words out of fixed lists.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -35,8 +35,6 @@ class KvSample(Protocol):
     """What a scrape shows of `kv.stats.KvStats`."""
 
     @property
-    def block_bytes(self) -> int: ...
-    @property
     def free(self) -> int: ...
     @property
     def used(self) -> int: ...
@@ -50,12 +48,6 @@ class KvSample(Protocol):
     def disk_free(self) -> int: ...
     @property
     def disk_cached(self) -> int: ...
-    @property
-    def moved_blocks(self) -> Mapping[str, int]: ...
-    @property
-    def fetches(self) -> int: ...
-    @property
-    def recomputes(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +59,6 @@ class ModelSample:
     requests_running: int = 0
     requests_waiting: int = 0
     kv: KvSample | None = None
-    preemptions: Mapping[str, int] = field(default_factory=dict)
-    """By reason, since the model was loaded."""
 
 
 class Histogram:
@@ -107,6 +97,12 @@ class EngineMetrics:
     step_tokens: int = 0
     step_seconds: float = 0.0
     finished: dict[str, int] = field(default_factory=dict)
+    preempted: dict[str, int] = field(default_factory=dict)
+    """By reason."""
+    moved_bytes: dict[tuple[str, ...], int] = field(default_factory=dict)
+    """By direction and tier."""
+    returned: dict[str, int] = field(default_factory=dict)
+    """By how."""
     queue: Histogram = field(default_factory=lambda: Histogram(_WAIT_BUCKETS))
     ttft: Histogram = field(default_factory=lambda: Histogram(_WAIT_BUCKETS))
     itl: Histogram = field(default_factory=lambda: Histogram(_GAP_BUCKETS))
@@ -139,6 +135,16 @@ class EngineMetrics:
     def count_finished(self, reason: str) -> None:
         self.finished[reason] = self.finished.get(reason, 0) + 1
 
+    def count_preempted(self, reason: str, number: int) -> None:
+        self.preempted[reason] = self.preempted.get(reason, 0) + number
+
+    def count_moved(self, direction: str, tier: str, num_bytes: int) -> None:
+        way = (direction, tier)
+        self.moved_bytes[way] = self.moved_bytes.get(way, 0) + num_bytes
+
+    def count_returned(self, how: str, number: int) -> None:
+        self.returned[how] = self.returned.get(how, 0) + number
+
 
 class Metrics:
     """All of the daemon's metrics."""
@@ -153,7 +159,7 @@ class Metrics:
         return self._engines.setdefault(model, EngineMetrics())
 
     def watch(self, sample: Callable[[], Iterable[ModelSample]]) -> None:
-        """Where a scrape gets the gauges from."""
+        """Where a scrape gets the gauges from. It is asked before the counters are read."""
         self._sample = sample
 
     def render(self) -> bytes:
@@ -168,7 +174,8 @@ class Metrics:
         """prometheus_client's Collector protocol."""
         from quantd.daemon.telemetry.families import families
 
-        return families(self._engines, list(self._sample()))
+        samples = list(self._sample())  # first: it brings counters up to date
+        return families(self._engines, samples)
 
     def _new_registry(self) -> CollectorRegistry:
         """Our own: the library's global one would pull in whatever others register."""

@@ -2,33 +2,44 @@
 
 A file is a header and one place of the host pool, byte for byte:
 
-    magic "QKV1" | 32 bytes of key | 32 bytes of revision | 16 bytes of checksum | payload
+    magic "QKV2" | key (32 bytes) | revision (32 bytes) | crc32 of the payload (u32) | payload
 
-Its name is the key in hexadecimal, under a folder for each revision. The checksum (BLAKE2b) is over
-all that follows it and the header before it, so a file that was cut, changed or renamed is found
-out when it is read; it is then removed and never served.
+Its name is the key in hexadecimal, under a folder for each revision. A file that was cut, damaged
+or renamed is found out when it is read; it is then removed and never served. crc32 finds every
+burst of up to 32 bits and other damage but for one case in 2^32, at several times the speed of a
+cryptographic digest; whoever could forge a file here could read the memory as well. Nothing is
+synced: what a crash of the machine leaves of a file does not pass the check.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
 import queue
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 from quantd.daemon.types import DiskDone, DiskIndex, DiskOp
+from quantd.daemon.worker.disk_folder import (
+    MAGIC,
+    PREFIX,
+    SUFFIX,
+    TEMPORARY,
+    OtherRevisions,
+    folder_of,
+    key_of,
+    remove_stray,
+)
 
 _log = logging.getLogger("quantd.worker.disk")
 
-_MAGIC = b"QKV1"
-_DIGEST = 16
-_HEADER = len(_MAGIC) + 32 + 32 + _DIGEST
-_SUFFIX = ".kv"
-_TEMPORARY = ".new"
+_CHECKSUM = 4
+_HEADER = PREFIX + _CHECKSUM
 
 Send = Callable[[DiskDone | DiskIndex], None]
 PlaceBytes = Callable[[int], memoryview]
@@ -39,11 +50,23 @@ class DiskTier:
     `send`. Whatever the disk does, the thread goes on and the step loop never waits for it."""
 
     def __init__(
-        self, folder: Path, revision: str, place_bytes: int, bytes_of: PlaceBytes, send: Send
+        self,
+        root: Path,
+        revision: str,
+        budget_bytes: int,
+        place_bytes: int,
+        bytes_of: PlaceBytes,
+        send: Send,
     ) -> None:
-        """`place_bytes`: of a payload; `bytes_of` gives a place's own memory."""
+        """`budget_bytes`: of all revisions' files. Of this one's the engine keeps it, which asks
+        for their removal; those of others go, oldest first, when they would be beyond it.
+        `place_bytes`: of a payload; `bytes_of` gives a place's own memory."""
         self._revision = hashlib.blake2b(revision.encode(), digest_size=32).digest()
-        self._folder = folder / self._revision[:8].hex()
+        self._folder = folder_of(root, self._revision)
+        self._budget_bytes = budget_bytes
+        self._others = OtherRevisions(self._folder)
+        self._num_files = 0
+        """Of this revision."""
         self._place_bytes = place_bytes
         self._bytes_of = bytes_of
         self._send = send
@@ -59,7 +82,7 @@ class DiskTier:
 
     def _run(self) -> None:
         try:
-            self._send(DiskIndex(self._scan(), _HEADER + self._place_bytes))
+            self._send(DiskIndex(self.scan(), self._file_bytes))
             while True:
                 self.execute(self._ops.get())
         except OSError as error:
@@ -75,56 +98,61 @@ class DiskTier:
             elif op.kind == "read":
                 self._read(op.key, self._bytes_of(op.place))
             else:
-                self._path(op.key).unlink(missing_ok=True)
+                self._remove(self._path(op.key))
         except (OSError, ValueError) as problem:
             error = f"{type(problem).__name__}: {problem}"
             _log.warning("KV block on disk, %s: %s", op.kind, error)
         if op.kind != "remove":
             self._send(DiskDone(op.kind, op.key, error, time.perf_counter() - started))
 
-    def _path(self, key: bytes) -> Path:
-        return self._folder / (key.hex() + _SUFFIX)
+    @property
+    def _file_bytes(self) -> int:
+        return _HEADER + self._place_bytes
 
-    def _scan(self) -> tuple[bytes, ...]:
-        """Keys of the files that may be ours, by name and size, least recently used first."""
+    def _path(self, key: bytes) -> Path:
+        return self._folder / (key.hex() + SUFFIX)
+
+    def scan(self) -> tuple[bytes, ...]:
+        """Keys of this revision's files, by name and size, least recently used first. Removes what
+        a crash has left, and makes the other revisions keep the budget."""
         found: list[tuple[int, bytes]] = []
         try:
+            # What was said stands in these files: nobody else may look.
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             for entry in os.scandir(self._folder):
-                if entry.name.endswith(_TEMPORARY):
-                    self._remove_stray(Path(entry.path))
-                elif (key := self._key_of(entry)) is not None:
-                    found.append((entry.stat().st_mtime_ns, key))
+                remove_stray(entry)
+                if (key := key_of(entry)) is not None:
+                    about = entry.stat(follow_symlinks=False)
+                    if about.st_size == self._file_bytes:
+                        found.append((about.st_mtime_ns, key))
+                    else:  # a crash of the machine: files get their name when they are whole
+                        Path(entry.path).unlink(missing_ok=True)
+            self._others.scan()
         except OSError as error:
             _log.warning("the folder of KV blocks cannot be read: %s", error)
+        self._num_files = len(found)
+        self._keep_budget()
         return tuple(key for _, key in sorted(found))
 
-    def _key_of(self, entry: os.DirEntry[str]) -> bytes | None:
-        name, size = entry.name.removesuffix(_SUFFIX), _HEADER + self._place_bytes
-        if len(name) != 64 or name == entry.name or entry.stat().st_size != size:
-            return None
-        try:
-            return bytes.fromhex(name)
-        except ValueError:
-            return None
-
-    @staticmethod
-    def _remove_stray(path: Path) -> None:
-        """Of a process that is gone; another living one may be writing next to us."""
-        pid = path.name.split(".")[-2]
-        if not (pid.isdecimal() and Path(f"/proc/{pid}").exists()):
-            path.unlink(missing_ok=True)
+    def _keep_budget(self) -> None:
+        self._others.keep(self._budget_bytes - self._num_files * self._file_bytes)
 
     def _write(self, key: bytes, payload: memoryview) -> None:
-        temporary = self._folder / f"{key.hex()}.{os.getpid()}{_TEMPORARY}"
+        path = self._path(key)
+        temporary = path.with_suffix(f".{os.urandom(8).hex()}{TEMPORARY}")
         try:
-            with temporary.open("wb") as file:
+            with temporary.open("xb") as file:
+                # A temporary file that can be locked has no writer; see `remove_stray`.
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 file.write(self._header(key, payload))
                 file.write(payload)
-            temporary.replace(self._path(key))
+                file.flush()
+                temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+        self._num_files += 1
+        self._keep_budget()
 
     def _read(self, key: bytes, place: memoryview) -> None:
         """Fills the place, or raises; a file that is not what its name says is removed."""
@@ -136,12 +164,14 @@ class DiskTier:
                 filled += count
             complete = filled == len(place) and not file.read(1)
         if not complete or header != self._header(key, place):
-            path.unlink(missing_ok=True)
+            self._remove(path)
             raise ValueError(f"{path} is not what its name says; removed")
         os.utime(path)
 
+    def _remove(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        self._num_files -= 1
+
     def _header(self, key: bytes, payload: memoryview) -> bytes:
-        start = _MAGIC + key + self._revision
-        digest = hashlib.blake2b(start, digest_size=_DIGEST)
-        digest.update(payload)
-        return start + digest.digest()
+        checksum = zlib.crc32(payload).to_bytes(_CHECKSUM, "little")
+        return MAGIC + key + self._revision + checksum

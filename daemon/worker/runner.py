@@ -104,7 +104,7 @@ class Runner:
         self._sampler = Sampler(self._model.info.vocab_size)
         self._sequences: dict[int, _Sequence] = {}
         self._host = HostPool(self._model.pools, self.info.num_host_blocks)
-        self._disk_folder = load.disk_kv_path
+        self._disk_folder, self._disk_bytes = load.disk_kv_path, load.disk_kv_bytes
         self._disk: DiskTier | None = None
 
     def open_disk(self, send: Callable[[DiskDone | DiskIndex], None]) -> None:
@@ -113,6 +113,7 @@ class Runner:
             self._disk = DiskTier(
                 Path(self._disk_folder),
                 self.info.kv_revision,
+                self._disk_bytes,
                 self._host.place_bytes,
                 self._host.bytes_of,
                 send,

@@ -91,6 +91,16 @@ def test_the_reference_file_says_what_the_flags_help_says() -> None:
         ('[server]\nbody_limit_bytes = "1.0000001MiB"', "must be bytes"),
         ("[server]\nbody_limit_bytes = 10", "must be bytes, at least 1024"),
         ('[scheduler]\npolicy = "lifo"', 'must be one of "fcfs", "priority", "sjf"'),
+        ("[scheduler]\ncaller_weights = 2", ":2: scheduler.caller_weights = 2: must be a table of"),
+        (
+            "[scheduler]\ncaller_weights = { a = 0 }",
+            "numbers above 0 and at most 1e6",
+        ),
+        ("[scheduler]\ncaller_weights = { a = true }", "must be a table of names and numbers"),
+        ('[scheduler]\ncaller_weights = { a = "2" }', "must be a table of names and numbers"),
+        ("[scheduler]\ncaller_weights = { a = inf }", "must be a table of names and numbers"),
+        ("[scheduler]\ncaller_weights = { '' = 1 }", "must be a table of names and numbers"),
+        ("[scheduler.caller_weights]\na = -1", ":1: scheduler.caller_weights = "),
         ("[scheduler]\nmax_running = 0", "must be an integer from 1 to 4096"),
         ('models = "x"', ":1: models must be tables: [models.NAME]"),
         ("[models.a]\ndtype = 'auto'", ":1: models.a: `path` is missing"),
@@ -136,6 +146,22 @@ def test_not_utf8(tmp_path: Path) -> None:
 def test_sizes(write, text: str, value: int) -> None:
     settings = load(write(f"[server]\nbody_limit_bytes = {text}"), environment=NOBODY)
     assert settings.server.body_limit_bytes == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[scheduler]\ncaller_weights = { alice = 2, bob = 0.5 }",
+        "[scheduler.caller_weights]\nalice = 2\nbob = 0.5",
+        "scheduler.caller_weights.alice = 2\nscheduler.caller_weights.bob = 0.5",
+    ],
+)
+def test_weights_of_callers(write, text: str) -> None:
+    settings = load(write(text), environment=NOBODY)
+    assert settings.scheduler.caller_weights == {"alice": 2.0, "bob": 0.5}
+    flags = {"scheduler.caller_weights": "carol=3"}
+    flagged = load(write(text), flags, environment=NOBODY)
+    assert flagged.scheduler.caller_weights == {"carol": 3.0}
 
 
 def test_model_paths_are_relative_to_the_file(write, tmp_path: Path) -> None:

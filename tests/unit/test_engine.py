@@ -308,6 +308,34 @@ async def test_measures_by_the_clock() -> None:
         assert metrics.finished == {"length": 1}
 
 
+async def test_what_is_counted_goes_on_when_the_model_is_loaded_again() -> None:
+    """Prometheus' counters never go back: also preemptions and moved bytes, which an engine counts
+    from its own start."""
+    metrics = EngineMetrics()
+    seen: list[tuple[int, int, int]] = []
+    for _ in range(2):
+        executor = FakeExecutor(num_blocks=6)
+        tables = make_tables(6, num_places=8)
+        scheduler = Scheduler(tables, SchedulerSettings(), executor.info.max_context)
+        engine = Engine(executor, executor.info, scheduler, metrics, ManualClock(1.0))
+        task = asyncio.create_task(engine.run())
+        streams = [engine.submit(make_request([i] * 30, max_tokens=40)) for i in range(2)]
+        await asyncio.gather(*(whole(stream) for stream in streams))
+        assert scheduler.preemptions["memory"] > 0 and tables.kv.num_moved["out", "host"] > 0
+        before = metrics.preempted.get("memory", 0)
+        engine.stats()
+        engine.stats()  # a second look counts nothing twice
+        assert metrics.preempted["memory"] == before + scheduler.preemptions["memory"]
+        scheduler._num_preemptions["priority"] += 3  # after the last look
+        await engine.close()
+        await task
+        moved = tables.kv.num_moved["out", "host"] * executor.info.block_bytes
+        seen.append((metrics.preempted["priority"], metrics.moved_bytes["out", "host"], moved))
+        assert metrics.returned["copy"] + metrics.returned["compute"] > 0
+    assert [priority for priority, _, _ in seen] == [3, 6]
+    assert seen[1][1] == seen[0][2] + seen[1][2] > seen[0][1] > 0
+
+
 async def test_plans_go_to_the_worker_in_order() -> None:
     async with bench(token_budget=16) as b:
         await asyncio.gather(*(whole(b.submit([n] * 40)) for n in range(5)))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import random
 
 import pytest
-from fakes import make_tables
+from fakes import ManualClock, make_request, make_tables
 
 from quantd.daemon.kv.cache import KvCache
+from quantd.daemon.kv.disk import FIRST_REST_SECONDS, LONGEST_REST_SECONDS, DiskIndex
 from quantd.daemon.kv.lru import LruQueue
 from quantd.daemon.kv.namespace import Namespace
 from quantd.daemon.kv.tree import KEY_BYTES, STRIDE, Node, PrefixTree, encode
-from quantd.daemon.types import BLOCK_TOKENS
+from quantd.daemon.scheduler.deadlines import Deadlines
+from quantd.daemon.scheduler.sequence import Sequence
+from quantd.daemon.types import BLOCK_TOKENS, DiskDone
 
 HERE = Namespace(revision="r")
 
@@ -268,3 +271,87 @@ def test_a_long_match_takes_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert steps == 0, "the last stride ends at a milestone"
     assert tree.find(HERE, key, length - 1) is node.parent
     assert steps == STRIDE - 1
+
+
+# --- the disk's index -----------------------------------------------------------------------------
+
+
+def name_of(i: int) -> bytes:
+    return i.to_bytes(32, "big")
+
+
+def test_after_a_failed_write_the_disk_rests_longer_and_longer() -> None:
+    clock = ManualClock(1000.0)
+    disk = DiskIndex(100, clock)
+    disk.open((), 1)
+    assert disk.write(name_of(0), 0) and disk.write(name_of(1), 1)
+    disk.written(name_of(0), "No space left")
+    disk.written(name_of(1), "No space left")  # was on its way: the rest is no longer for it
+    assert disk.problem == "No space left" and len(disk) == 0
+    seconds = FIRST_REST_SECONDS
+    for i in range(2, 12):
+        clock.advance(seconds - 0.5)
+        assert not disk.write(name_of(i), 0), "it rests"
+        clock.advance(0.5)
+        assert disk.write(name_of(i), 0), "one file, to see"
+        assert not disk.write(name_of(100 + i), 0), "but only one"
+        disk.written(name_of(i), "Input/output error")
+        seconds = min(2 * seconds, LONGEST_REST_SECONDS)
+        disk.check()
+    clock.advance(LONGEST_REST_SECONDS)
+    assert disk.write(name_of(50), 0)
+    disk.written(name_of(50), None)
+    assert disk.problem is None and name_of(50) in disk
+    assert disk.write(name_of(51), 0) and disk.write(name_of(52), 0)
+    disk.written(name_of(51), "again")
+    clock.advance(FIRST_REST_SECONDS)
+    assert disk.may_write is False, "one is still on its way"
+    disk.written(name_of(52), None)
+    assert disk.may_write
+
+
+def answer_writes(kv: KvCache, error: str | None) -> int:
+    """As the worker does; how many there were."""
+    kv.take_copies()
+    writes = [op for op in kv.take_disk_ops() if op.kind == "write"]
+    for op in writes:
+        kv.disk_done(DiskDone("write", op.key, error, 0.1))
+    return len(writes)
+
+
+def test_a_disk_that_rests_holds_on_to_nothing_and_saves_again_afterwards() -> None:
+    clock = ManualClock()
+    kv = make_tables(8, num_places=16).kv
+    kv.disk = DiskIndex(100, clock)
+    kv.disk.open((), 1)
+    grow(kv, 1, 2)
+    assert kv.save() and answer_writes(kv, "No space left") == 2
+    grow(kv, 3, 4)
+    assert not kv.save() and len(kv._unsaved) == 0
+    clock.advance(FIRST_REST_SECONDS)
+    grow(kv, 5, 6)
+    assert kv.save() and answer_writes(kv, None) == 1, "one, to see"
+    assert kv.disk.problem is None
+    grow(kv, 7, 8)
+    assert kv.save() and answer_writes(kv, None) == 3, "with what had to wait for it"
+    kv.check()
+
+
+def test_an_engine_that_never_rests_forgets_what_it_did_not_save() -> None:
+    kv = make_tables(4, num_places=2, disk_files=3).kv
+    for i in range(1000):
+        grow(kv, i % 900, i % 7, 5)
+        answer_writes(kv, None)
+    assert len(kv._unsaved) <= 2 * kv.tree.num_nodes + 65
+
+
+def test_deadlines_of_requests_that_are_gone_are_forgotten() -> None:
+    deadlines = Deadlines()
+    first = Sequence(0, make_request([1], deadline=1e6))
+    deadlines.add(first)
+    for i in range(1, 5000):
+        seq = Sequence(i, make_request([1], deadline=1e6 + i))
+        deadlines.add(seq)
+        deadlines.remove(seq)
+    assert len(deadlines._heap) <= 2 + 65
+    assert deadlines.due(2e6) == [first]

@@ -74,6 +74,7 @@ async def test_models_and_state(tmp_path: Path) -> None:
             "ready",
         )
         status, reply = await served.get("/admin/state")
+        assert 0 <= reply["uptime_seconds"] < 60
         assert set(reply["engines"]) == {"org/tiny"}
         engine = reply["engines"]["org/tiny"]
         assert (engine["running"], engine["kv"]["free"]) == (0, 8)
@@ -87,6 +88,16 @@ async def test_the_kv_budget_changes_while_it_runs(tmp_path: Path) -> None:
         status, reply = await served.post("/admin/kv", body)
         assert (status, reply["free"]) == (200, 8)
         assert served.fleet.idle.calls == ["resize 1048576", "shrink"]
+        for size, number in (("16MiB", 16 << 20), ("1.5 gib", 3 << 29), ("4096", 4096)):
+            await served.post("/admin/kv", {"model": "tiny", "kv_bytes": size})
+            assert served.fleet.idle.calls[-1] == f"resize {number}", "as the configuration does"
+        for wrong in ("16 MB", "-1", "", 0, -5, 1 << 63, "auto"):
+            error = await served.error("/admin/kv", {"model": "tiny", "kv_bytes": wrong})
+            assert error["param"] == "kv_bytes"
+            assert repr(wrong) in error["message"] and "at least 1" in error["message"]
+        for wrong in (1.5, True, [1]):
+            error = await served.error("/admin/kv", {"model": "tiny", "kv_bytes": wrong})
+            assert error["param"] == "kv_bytes"
         assert (await served.error("/admin/kv", {"model": "tiny"}))["param"] == "kv_bytes"
         assert (await served.post("/admin/kv", {"model": "x", "shrink": True}))[0] == 404
 
@@ -101,6 +112,15 @@ async def test_load_and_unload(tmp_path: Path) -> None:
         status, reply = await served.post("/admin/models/load", {"model": "other"})
         assert status == 404
         assert (await served.error("/admin/models/load", {}))["param"] == "model"
+
+
+async def test_a_recount_says_what_does_not_hold(tmp_path: Path) -> None:
+    async with unix(tmp_path / "s") as served:
+        assert await served.get("/admin/check") == (200, {"wrong": {}})
+        served.fleet.idle.is_wrong = True
+        status, reply = await served.get("/admin/check")
+        assert status == 500
+        assert "a block is used by no sequence" in reply["wrong"]["org/tiny"]
 
 
 async def test_a_stranger_may_ask_the_model_but_not_administer(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
-from server_fakes import BOS, Answer, FakeFleet, fake_info, logprob_of, serving, spoken
+from server_fakes import BOS, END, EOS, Answer, FakeFleet, fake_info, logprob_of, serving, spoken
 
 URL = "/v1/completions"
 
@@ -240,3 +241,61 @@ async def test_token_ids_for_each_choice() -> None:
         _, reply = await served.post(URL, {"prompt": ["a", "b"], "return_token_ids": True})
         assert [c["token_ids"] for c in reply["choices"]] == [[120], [120]]
         assert [c["prompt_token_ids"] for c in reply["choices"]] == [[BOS, 97], [BOS, 98]]
+
+
+async def test_a_stream_has_every_token_id_also_those_without_text() -> None:
+    async with serving() as served:
+        events = [(120,), (EOS,), (0xC3,), (EOS, END)]
+        served.engine.answer = lambda request: Answer(events, "length")
+        body = {"prompt": "a", "max_tokens": 5, "ignore_eos": True, "return_token_ids": True}
+        _, reply = await served.post(URL, body)
+        whole = reply["choices"][0]["token_ids"]
+        assert whole == [120, EOS, 0xC3, EOS, END]
+        chunks = await served.chunks(URL, {**body, "stream": True})
+        parts = [c.get("token_ids", []) for chunk in chunks for c in chunk["choices"]]
+        assert [token for part in parts for token in part] == whole
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_timeout_counts_while_the_model_loads(stream: bool) -> None:
+    fleet = FakeFleet()
+    fleet.open.clear()
+    async with serving(fleet=fleet) as served:
+        body = {"prompt": "a", "timeout": 0.1, "stream": stream}
+        status, reply = await served.post(URL, body)
+        assert (status, reply["error"]["code"]) == (422, "deadline_exceeded")
+        assert reply["error"]["param"] == "timeout"
+        told = "the timeout of 0.1 s is over: the model was still being loaded"
+        assert reply["error"]["message"] == told
+        assert (fleet.num_leases, fleet.num_waiting, served.engine.requests) == (0, 0, [])
+        task = asyncio.create_task(served.post(URL, body | {"timeout": 60, "stream": False}))
+        while not fleet.num_waiting:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
+        fleet.open.set()
+        assert (await task)[0] == 200
+        (request,) = served.engine.requests
+        assert request.timeout == 60 and request.deadline is not None
+        # The wait is part of the timeout, and not of the time in the queue.
+        assert 59 < request.deadline - request.arrival < 59.8
+
+
+SALTS = [("", "1 to 256 characters"), ("x" * 257, "1 to 256 characters")]
+
+
+@pytest.mark.parametrize(("salt", "word"), SALTS)
+async def test_a_salt_has_bounds(salt: str, word: str) -> None:
+    async with serving() as served:
+        error = await served.error(URL, {"prompt": "a", "cache_salt": salt})
+        assert error["param"] == "cache_salt" and word in error["message"]
+        assert served.engine.requests == []
+
+
+async def test_a_salt_reaches_the_engine_and_is_text() -> None:
+    async with serving() as served:
+        for salt in ("x", "é" * 256, None):
+            assert (await served.post(URL, {"prompt": "a", "cache_salt": salt}))[0] == 200
+            assert served.engine.requests[-1].cache_salt == (salt or "")
+        for wrong in (1, True, ["x"], {"a": 1}):
+            error = await served.error(URL, {"prompt": "a", "cache_salt": wrong})
+            assert error["param"] == "cache_salt"

@@ -41,6 +41,11 @@ def busy() -> Metrics:
     engine.observe_ttft(0.2)
     engine.observe_itl(1000.0)
     engine.observe_step(0.5, 7)
+    engine.count_preempted("memory", 8)
+    engine.count_preempted("priority", 0)
+    engine.count_moved("out", "host", 1000)
+    engine.count_moved("out", "host", 24)
+    engine.count_returned("copy", 11)
     metrics.watch(
         lambda: [
             ModelSample(
@@ -64,7 +69,6 @@ def busy() -> Metrics:
                     nodes=0,
                     disk_problem=None,
                 ),
-                preemptions={"memory": 8, "priority": 9},
             ),
             ModelSample(model="b", state="loading"),
         ]
@@ -80,8 +84,10 @@ def test_a_scrape_shows_what_was_counted(busy: Metrics) -> None:
     assert values["quantd_generation_tokens_total", labels(**odd)] == 3
     assert values["quantd_requests_total", labels(**odd, outcome="stop")] == 2
     assert values["quantd_requests_total", labels(**odd, outcome="abort")] == 1
-    assert values["quantd_preemptions_total", labels(model="a", reason="memory")] == 8
-    assert values["quantd_preemptions_total", labels(model="a", reason="priority")] == 9
+    assert values["quantd_preemptions_total", labels(**odd, reason="memory")] == 8
+    assert values["quantd_preemptions_total", labels(**odd, reason="priority")] == 0
+    assert values["quantd_spill_bytes_total", labels(**odd, direction="out", tier="host")] == 1024
+    assert values["quantd_kv_return_total", labels(**odd, how="copy")] == 11
     assert values["quantd_steps_total", labels(**odd)] == 1
     assert values["quantd_step_tokens_total", labels(**odd)] == 7
     assert values["quantd_step_seconds_total", labels(**odd)] == 0.5
