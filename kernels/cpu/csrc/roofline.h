@@ -19,6 +19,7 @@ enum { PEAK_CHAINS = 8, PEAK_ROUNDS = 1 << 16, READ_BYTES = 1 << 20 };
 static void peak_floats(void *context, int64_t task, int slot) {
     vf sums[PEAK_CHAINS], a = vf_set(0.5f);
     (void)context, (void)task, (void)slot;
+#pragma GCC unroll 8 /* else the sums are kept in memory */
     for (int i = 0; i < PEAK_CHAINS; i++) sums[i] = vf_set(0);
     for (int64_t round = 0; round < PEAK_ROUNDS; round++)
 #pragma GCC unroll 8
@@ -35,6 +36,7 @@ enum { PEAK_INTEGERS = 64 };
 static void peak_integers(void *context, int64_t task, int slot) {
     __m512i sums[PEAK_CHAINS], a = _mm512_set1_epi8(1);
     (void)context, (void)task, (void)slot;
+#pragma GCC unroll 8 /* else the sums are kept in memory */
     for (int i = 0; i < PEAK_CHAINS; i++) sums[i] = _mm512_setzero_si512();
     for (int64_t round = 0; round < PEAK_ROUNDS; round++)
 #pragma GCC unroll 8
@@ -49,6 +51,7 @@ enum { PEAK_INTEGERS = 32 };
 static void peak_integers(void *context, int64_t task, int slot) {
     __m256i sums[PEAK_CHAINS], a = _mm256_set1_epi8(1);
     (void)context, (void)task, (void)slot;
+#pragma GCC unroll 8 /* else the sums are kept in memory */
     for (int i = 0; i < PEAK_CHAINS; i++) sums[i] = _mm256_setzero_si256();
     for (int64_t round = 0; round < PEAK_ROUNDS; round++)
 #pragma GCC unroll 8
@@ -76,9 +79,12 @@ static void read_task(void *context, int64_t task, int slot) {
     const char *from = (const char *)context + task * READ_BYTES;
     vf sums[4];
     (void)slot;
+#pragma GCC unroll 4
     for (int i = 0; i < 4; i++) sums[i] = vf_set(0);
     for (int64_t at = 0; at < READ_BYTES / 4; at += 4 * VL)
+#pragma GCC unroll 4
         for (int i = 0; i < 4; i++) sums[i] = sums[i] + vf_load(from, at + i * VL, F32);
+#pragma GCC unroll 4
     for (int i = 0; i < 4; i++) PEAK_KEEP(sums[i]);
 }
 
