@@ -31,6 +31,7 @@ def new_parser() -> Parser:
     _add_talking(commands)
     _add_inspect(commands)
     _add_eval(commands)
+    _add_bench(commands)
     _add_check_config(commands)
     _add_install_service(commands)
     completion = _add(commands, "completion", "completion", "print a shell's completion script")
@@ -152,6 +153,21 @@ def _add_eval(commands: Any) -> None:
     for side in ("a", "b"):
         _add_some(command, ("dtype", "quantization"), side)
     _add_some(command, ("device", "threads"))
+
+
+def _add_bench(commands: Any) -> None:
+    bench = _add(commands, "bench", "bench", "measure this machine's kernels")
+    bench.description = (
+        "Times every route by which a linear layer could be computed here, for each layout of "
+        "weights and number of rows, beside what memory and arithmetic allow."
+    )
+    bench.add_argument("what", metavar="WHAT", choices=("kernels",), help="kernels")
+    bench.add_argument(
+        "--shape", metavar="OUTxIN", action="append", help="of a weight; repeatable (2048x2048)"
+    )
+    bench.add_argument("--model", metavar="PATH", help="the shapes of this checkpoint's layers")
+    bench.add_argument("--json", action="store_true", help="as JSON")
+    _add_some(bench, ("threads",))
 
 
 def _add_some(parser: Parser, names: tuple[str, ...], side: str = "") -> None:

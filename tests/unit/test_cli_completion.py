@@ -15,7 +15,8 @@ COMMANDS = list(read(new_parser()))
 
 def test_the_parser_is_read_in_full() -> None:
     by_name = {command.name: command for command in COMMANDS}
-    assert {"serve", "run", "ps", "load", "unload", "check-config", "completion"} <= {*by_name}
+    expected = {"serve", "run", "ps", "load", "bench", "check-config", "completion"}
+    assert expected <= {*by_name}
     flags = {name: option for option in by_name["serve"].options for name in option.names}
     assert flags["--policy"].choices == ("fcfs", "priority", "sjf")
     assert flags["--port"].takes_value and not flags["--help"].takes_value

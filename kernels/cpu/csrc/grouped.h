@@ -96,11 +96,17 @@ static void g_quantize_row(const struct g_ready *in, int64_t row, const float *x
     for (int64_t b = 0; b < blocks; b++, x += G_COLUMNS, codes += G_COLUMNS) {
         if (in->source.kind == G_PER_BLOCK) most = g_most(x, G_COLUMNS);
         float scale = g_quantize(x, G_COLUMNS, most, codes);
-        int32_t sums[2] = {0};
-        for (int h = 0; h < 2; h++)
-            for (int i = 0; i < G_COLUMNS / 2; i++) sums[h] += codes[h * G_COLUMNS / 2 + i];
-        scales[b] = (struct g_scale){scale, {scale * (float)(sums[0] + sums[1]),
-                                             scale * (float)sums[0], scale * (float)sums[1]}};
+        int16_t pairs[3][2] = {{0}};
+        for (int h = 1; h < 3; h++)
+            for (int i = 0; i < 2; i++) {
+                const int8_t *pair = codes + (h - 1) * G_COLUMNS / 2 + 2 * i;
+                for (int q = 0; q < G_QUADS / 2; q++) pairs[h][i] += pair[4 * q] + pair[4 * q + 1];
+                pairs[0][i] += pairs[h][i];
+            }
+        struct g_scale *to = scales + b;
+        to->scale = scale;
+        for (int i = 0; i < 3; i++) to->sums[i] = scale * (float)(pairs[i][0] + pairs[i][1]);
+        memcpy(to->pairs, pairs, sizeof pairs);
     }
 }
 
@@ -167,7 +173,7 @@ static void g_multiply(const struct g_call *a, const struct g_part *p, int64_t n
     struct g_run run = {
         .table = table, .total = s->total, .x_blocks = in->blocks, .group_bytes = g_group_bytes(p),
         .units_per_group = p->group / (G_COLUMNS / halves), .wide = p->flags & G_WIDE,
-        .offset = p->flags & G_OFFSET, .center = (float)(g_center(p) - (g_is_signed(store) ? 128 : 0)),
+        .offset = p->flags & G_OFFSET, .center = (float)(g_center(p) - (G_SIGNED ? g_middle(store) : 0)),
     };
     int64_t step = direct ? in->blocks : G_DEPTH;
     memset(s->total, 0, (size_t)((stop - start) * G_ROWS) * sizeof *s->total);

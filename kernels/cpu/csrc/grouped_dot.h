@@ -2,35 +2,50 @@
  * the blocks of a row, one after the other. Integer sums are exact, so a result depends neither on
  * the rows beside it nor on how the codes were unpacked.
  *
- * AVX2 multiplies unsigned codes by signed activations and adds pairs in 16 bits, which saturates:
- * `g_depth` says how many quads a 16-bit lane can add up. Codes of 8 bits and tables, where not
- * even one fits, are taken as signed numbers: |code| times the activation with the code's sign.
+ * AVX2 multiplies unsigned codes by signed activations and adds pairs in 16 bits. `g_depth` says how
+ * many quads a 16-bit lane can add up. Codes of 5 and 6 bits are counted from the middle of their
+ * range for that: the lane begins with the activations times minus that middle (g_scale.pairs), may
+ * wrap on the way, and ends right, for what it ends with fits. Codes of 8 bits and tables, of which
+ * not even a pair is sure to fit, are taken as signed numbers: |code| times the activation with the
+ * code's sign.
  *
  * Included by grouped.h.
  */
 
 /* Where values come from: packed codes, a table's, or what g_fill has unpacked. */
-enum { G_2, G_3, G_4, G_5, G_6, G_8, G_4T, G_RAW8, G_RAW2, G_RAW1, G_STORES };
+enum { G_2, G_3, G_4, G_5, G_6, G_8, G_4T, G_RAW8, G_RAW5, G_RAW6, G_RAW1, G_STORES };
 
-/* Quads that a lane of 16 bits can add up; 0: values are signed. 127 * 2 * (15 * 8) < 32768. Four
- * for 5 bits would need as many registers again. */
+/* What is subtracted from each value; of signed ones, in g_quad. */
+INLINE int g_middle(int store) {
+    switch (store) {
+        case G_5: case G_RAW5: return 16;
+        case G_6: case G_RAW6: return 32;
+        case G_8: case G_4T: case G_RAW1: return 128;
+        default: return 0;
+    }
+}
+
+/* Quads that a lane of 16 bits can add up: 127 * 2 * (15 * 8), of 5 and 6 bits 127 * 2 * (16 * 8) and
+ * 127 * 2 * (32 * 4), are below 32768. 0: values are signed. */
 INLINE int g_depth(int store) {
     switch (store) {
-        case G_2: case G_3: case G_4: case G_RAW8: return 8;
-        case G_5: case G_6: case G_RAW2: return 2;
+        case G_2: case G_3: case G_4: case G_RAW8: case G_5: case G_RAW5: return 8;
+        case G_6: case G_RAW6: return 4;
         default: return 0;
     }
 }
 
 INLINE int g_store_bits(int store) {
-    static const int bits[] = {2, 3, 4, 5, 6, 8, 4, 8, 8, 8};
+    static const int bits[] = {2, 3, 4, 5, 6, 8, 4, 8, 8, 8, 8};
     return bits[store];
 }
 
-/* Eight bits of a row's activations: 32 columns are codes * scale. */
+/* Eight bits of a row's activations: 32 columns are codes * scale. Sums are of all columns, of the
+ * first 16 and of the last 16. */
 struct g_scale {
     float scale;
-    float sums[3]; /* scale * sum of codes: of all, of the first 16, of the last 16 */
+    float sums[3];       /* scale * sum of codes */
+    int16_t pairs[3][2]; /* sums of codes: those of each quad's first pair, of its second */
 };
 
 /* [rows][blocks * 32] and [rows][blocks] */
@@ -49,7 +64,7 @@ struct g_run {
     float *total;               /* [rows][16], added to */
     int64_t blocks, x_blocks;
     int64_t unit_of_group, units_per_group, group_bytes; /* a unit: 32 columns, or 16 */
-    float center;
+    float center;               /* what is left to subtract from each value */
     bool wide, offset;
 };
 
@@ -119,8 +134,10 @@ INLINE g_bytes g_spread(const int8_t *x) {
 #if defined(__AVX512VNNI__)
 
 /* sum[r] = values of the quads [first, first + count) . x, for nr rows. */
-INLINE void g_dot(int store, int nr, const uint8_t *block, int first, int count, const int8_t *x,
-                  int64_t x_row, g_bytes table, gi sum[G_TILE][G_VECTORS]) {
+INLINE void g_dot(int store, int nr, const struct g_run *a, const uint8_t *block, int first, int count,
+                  const int8_t *x, const struct g_scale *by, g_bytes table, gi sum[G_TILE][G_VECTORS]) {
+    const int64_t x_row = a->x_blocks * G_COLUMNS;
+    (void)by;
     g_bytes even[G_TILE], odd[G_TILE];
     for (int r = 0; r < nr; r++) even[r] = odd[r] = _mm512_setzero_si512();
 #pragma GCC unroll 4
@@ -144,7 +161,7 @@ INLINE __m256i g_in_order(__m256i sum) {
     return sum;
 }
 
-/* sum += two quads from q on; deep: all in 16 bits. */
+/* sum += two quads from q on, in 16 bits. */
 INLINE void g_add_deep(int store, int nr, const uint8_t *block, int q, const int8_t *x,
                        int64_t x_row, __m256i sum[G_TILE][G_VECTORS]) {
     for (int e = 0; e < 2; e++) {
@@ -154,22 +171,6 @@ INLINE void g_add_deep(int store, int nr, const uint8_t *block, int q, const int
             __m256i a = g_spread(x + r * x_row + 4 * (q + e));
             for (int v = 0; v < 2; v++)
                 sum[r][v] = g_in_order(_mm256_add_epi16(sum[r][v], _mm256_maddubs_epi16(w[v], a)));
-        }
-    }
-}
-
-INLINE void g_add_pair(int store, int nr, const uint8_t *block, int q, const int8_t *x,
-                       int64_t x_row, __m256i sum[G_TILE][G_VECTORS]) {
-    __m256i w[2][2];
-    for (int e = 0; e < 2; e++)
-        for (int v = 0; v < 2; v++) w[e][v] = g_quad(store, block, q + e, v, _mm256_setzero_si256());
-    for (int r = 0; r < nr; r++) {
-        __m256i a = g_spread(x + r * x_row + 4 * q), b = g_spread(x + r * x_row + 4 * q + 4);
-        for (int v = 0; v < 2; v++) {
-            __m256i m = _mm256_add_epi16(_mm256_maddubs_epi16(w[0][v], a),
-                                         _mm256_maddubs_epi16(w[1][v], b));
-            m = _mm256_madd_epi16(m, _mm256_set1_epi16(1));
-            sum[r][v] = g_in_order(_mm256_add_epi32(sum[r][v], m));
         }
     }
 }
@@ -196,18 +197,26 @@ INLINE void g_add_signed(int store, int nr, const uint8_t *block, int q, const i
 
 INLINE void g_add(int store, int nr, const uint8_t *block, int q, const int8_t *x, int64_t x_row,
                   __m256i table, __m256i sum[G_TILE][G_VECTORS]) {
-    if (g_depth(store) > 2)
+    if (g_depth(store))
         g_add_deep(store, nr, block, q, x, x_row, sum);
-    else if (g_depth(store))
-        g_add_pair(store, nr, block, q, x, x_row, sum);
     else
         g_add_signed(store, nr, block, q, x, x_row, table, sum);
 }
 
-INLINE void g_dot(int store, int nr, const uint8_t *block, int first, int count, const int8_t *x,
-                  int64_t x_row, g_bytes table, gi sum[G_TILE][G_VECTORS]) {
+/* Of so many quads as one sum can hold. */
+INLINE void g_dot_part(int store, int nr, const struct g_run *a, const uint8_t *block, int first,
+                       int count, const int8_t *x, const struct g_scale *by, g_bytes table,
+                       gi sum[G_TILE][G_VECTORS]) {
+    const int64_t x_row = a->x_blocks * G_COLUMNS;
+    const int which = count == G_QUADS ? 0 : 1 + first / 4;
     __m256i added[G_TILE][2];
-    for (int r = 0; r < nr; r++) added[r][0] = added[r][1] = _mm256_setzero_si256();
+    for (int r = 0; r < nr; r++) {
+        added[r][0] = _mm256_setzero_si256();
+        if (g_depth(store) && g_middle(store))
+            added[r][0] = _mm256_mullo_epi16(g_spread((const int8_t *)by[r * a->x_blocks].pairs[which]),
+                                             _mm256_set1_epi16((int16_t)-g_middle(store)));
+        added[r][1] = added[r][0];
+    }
     /* Unrolled where shifts depend on q; else not, or the compiler runs out of registers. */
     if (store < G_RAW8) {
 #pragma GCC unroll 4
@@ -218,15 +227,29 @@ INLINE void g_dot(int store, int nr, const uint8_t *block, int first, int count,
     }
     for (int r = 0; r < nr; r++)
         for (int v = 0; v < 2; v++)
-            sum[r][v] = (gi)(g_depth(store) > 2 ? _mm256_madd_epi16(added[r][v], _mm256_set1_epi16(1))
-                                                : added[r][v]);
+            sum[r][v] = (gi)(g_depth(store) ? _mm256_madd_epi16(added[r][v], _mm256_set1_epi16(1))
+                                            : added[r][v]);
+}
+
+INLINE void g_dot(int store, int nr, const struct g_run *a, const uint8_t *block, int first, int count,
+                  const int8_t *x, const struct g_scale *by, g_bytes table, gi sum[G_TILE][G_VECTORS]) {
+    if (g_depth(store) != 4 || count == 4) {
+        g_dot_part(store, nr, a, block, first, count, x, by, table, sum);
+        return;
+    }
+    gi more[G_TILE][G_VECTORS];
+    g_dot_part(store, nr, a, block, first, 4, x, by, table, sum);
+    g_dot_part(store, nr, a, block, first + 4, 4, x, by, table, more);
+    for (int r = 0; r < nr; r++)
+        for (int v = 0; v < 2; v++) sum[r][v] += more[r][v];
 }
 
 #else
 
-INLINE void g_dot(int store, int nr, const uint8_t *block, int first, int count, const int8_t *x,
-                  int64_t x_row, int table, gi sum[G_TILE][G_VECTORS]) {
-    (void)store, (void)table;
+INLINE void g_dot(int store, int nr, const struct g_run *a, const uint8_t *block, int first, int count,
+                  const int8_t *x, const struct g_scale *by, int table, gi sum[G_TILE][G_VECTORS]) {
+    const int64_t x_row = a->x_blocks * G_COLUMNS;
+    (void)store, (void)by, (void)table;
     for (int r = 0; r < nr; r++) {
         int32_t lanes[G_ROWS] = {0};
         for (int q = first; q < first + count; q++) {
@@ -253,8 +276,8 @@ INLINE gf gf_fma(gf a, gf b, gf c) {
 
 /* What packed codes are once they are unpacked. */
 INLINE int g_unpacked(int store) {
-    if (!G_SIGNED || g_depth(store) == 8) return G_RAW8;
-    return g_depth(store) ? G_RAW2 : G_RAW1;
+    if (!G_SIGNED || store < G_5) return G_RAW8;
+    return store == G_5 ? G_RAW5 : store == G_6 ? G_RAW6 : G_RAW1;
 }
 
 #if defined(__AVX2__)
@@ -282,7 +305,7 @@ INLINE void g_run_blocks(int store, int halves, int nr, const struct g_run *a) {
 #else
     int table = 0;
 #endif
-    const int64_t block_bytes = 64 * g_store_bits(store), x_row = a->x_blocks * G_COLUMNS;
+    const int64_t block_bytes = 64 * g_store_bits(store);
     const int quads = G_QUADS / halves;
     /* With many rows there are no registers left for unpacking. */
     const bool spread = G_SIGNED && store < G_RAW8 && nr == G_TILE;
@@ -305,9 +328,9 @@ INLINE void g_run_blocks(int store, int halves, int nr, const struct g_run *a) {
         for (int h = 0; h < halves; h++) {
             gi sum[G_TILE][G_VECTORS];
             if (spread)
-                g_dot(g_unpacked(store), nr, values, h * quads, quads, x, x_row, table, sum);
+                g_dot(g_unpacked(store), nr, a, values, h * quads, quads, x, x_scale, table, sum);
             else
-                g_dot(store, nr, block, h * quads, quads, x, x_row, table, sum);
+                g_dot(store, nr, a, block, h * quads, quads, x, x_scale, table, sum);
             gf scale[G_VECTORS], shift[G_VECTORS];
             for (int v = 0; v < G_VECTORS; v++) {
                 scale[v] = gf_scale(scales, v * G_LANES, wide);
@@ -355,7 +378,7 @@ G_RUNS(G_RAW8)
 #if defined(__AVX2__)
 G_RUNS(G_2) G_RUNS(G_3) G_RUNS(G_4) G_RUNS(G_5) G_RUNS(G_6) G_RUNS(G_8) G_RUNS(G_4T)
 #if !defined(__AVX512VNNI__)
-G_RUNS(G_RAW2) G_RUNS(G_RAW1)
+G_RUNS(G_RAW5) G_RUNS(G_RAW6) G_RUNS(G_RAW1)
 #endif
 #endif
 
@@ -366,7 +389,7 @@ static g_run_function *const g_runs[G_STORES][2][4] = {
     G_ENTRY(G_2), G_ENTRY(G_3), G_ENTRY(G_4), G_ENTRY(G_5), G_ENTRY(G_6), G_ENTRY(G_8),
     G_ENTRY(G_4T),
 #if !defined(__AVX512VNNI__)
-    G_ENTRY(G_RAW2), G_ENTRY(G_RAW1),
+    G_ENTRY(G_RAW5), G_ENTRY(G_RAW6), G_ENTRY(G_RAW1),
 #endif
 #endif
 };

@@ -7,3 +7,4 @@
 #include "rowops.h"
 #include "attention.h"
 #include "grouped.h"
+#include "roofline.h"

@@ -12,7 +12,6 @@
 enum {
     PANEL = 32,       /* columns of the output that lie together in the packed weight */
     DEPTH = 256,      /* products in one sum */
-    CHUNK_TILES = 10, /* tiles of x that share one reading of a panel */
 };
 #if VL == 16
 enum { ROW_TILE = 12, COLUMN_VECTORS = 2 }; /* 24 accumulators of 32 registers */
@@ -21,6 +20,7 @@ enum { ROW_TILE = 3, COLUMN_VECTORS = 4 }; /* 12 of 16 */
 #else
 enum { ROW_TILE = 4, COLUMN_VECTORS = 1 };
 #endif
+enum { CHUNK_TILES = 120 / ROW_TILE }; /* tiles of x that share one reading of a panel */
 
 struct linear {
     const char *x, *weight, *bias; /* bias NULL: none */
