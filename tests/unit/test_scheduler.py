@@ -74,6 +74,26 @@ def test_a_short_prompt_is_not_stuck_behind_a_long_one() -> None:
     assert long.num_computed_tokens > before
 
 
+def test_128k_tokens_beside_16_decodes_delay_no_token_by_more_than_a_step() -> None:
+    """Nobody skips a step, no step is longer than its budget, and a short request that comes
+    meanwhile has its first token after one."""
+    loop = StepLoop(num_blocks=9000, settings=settings(token_budget=2048))
+    decoding = [loop.add(8, max_tokens=200) for _ in range(16)]
+    loop.step()
+    long = loop.add(131_072, max_tokens=1)
+    steps = 0
+    while long.first_token_at is None:
+        short = loop.add(60, max_tokens=1) if steps % 20 == 5 else None
+        updated = {update.seq.id for update in loop.step()}
+        assert {seq.id for seq in decoding} <= updated
+        assert short is None or short.id in updated
+        size = sum(chunk.stop - chunk.start for chunk in loop.plans[-1].chunks)
+        assert size <= 2048
+        steps += 1
+    # Nor does it pay for them: nearly all of each step is the long prompt's.
+    assert steps <= 131_072 / (2048 - 16 - 60) + 2
+
+
 def test_a_long_prompt_gets_on_behind_ever_new_short_ones() -> None:
     loop = StepLoop(num_blocks=1024, settings=settings(token_budget=64, max_running=8))
     long = loop.add(1000, max_tokens=1)

@@ -102,6 +102,14 @@ def test_the_second_turn_computes_what_is_new() -> None:
     third = loop.add(0, 3, prompt=[*first.tokens[:60], 99, *first.tokens[61:]])
     loop.run()
     assert third.num_cached_tokens == 48, "to the last block before the difference"
+    # A template that leaves a part of the answer out, as many do with the reasoning.
+    stripped = loop.add(0, 3, prompt=[*first.tokens[:66], *first.tokens[74:], 1, 2, 3])
+    loop.run()
+    assert stripped.num_cached_tokens == 64
+    # A tokenizer that makes other tokens of the answer's end and what follows.
+    merged = loop.add(0, 3, prompt=[*first.tokens[:62], 250, *range(40)])
+    loop.run()
+    assert merged.num_cached_tokens == 48
     loop.check_outputs()
 
 

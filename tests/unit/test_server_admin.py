@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -48,6 +50,22 @@ async def test_inference_needs_no_key_and_no_host(tmp_path: Path) -> None:
         status, _ = await served.post("/v1/chat/completions", body, headers={"Host": "any.example"})
         assert status == 200
         assert served.engine.requests[0].caller == ""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_leaving_the_unix_socket_aborts_too(tmp_path: Path, stream: bool) -> None:
+    """A proxy in front of it closes its end when its own client has left."""
+    async with unix(tmp_path / "s") as served:
+        served.engine.answer = lambda request: None
+        payload = json.dumps({"prompt": "hi", "stream": stream}).encode()
+        _, writer = await asyncio.open_unix_connection(tmp_path / "s")
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+        writer.write(head % len(payload) + payload)
+        await served.engine.submitted.wait()
+        writer.close()
+        async with asyncio.timeout(20):
+            await served.engine.abort_seen.wait()
+        assert len(served.engine.aborted) == 1 and served.fleet.num_leases == 0
 
 
 async def test_actions(tmp_path: Path) -> None:
