@@ -33,7 +33,8 @@ POLICIES = ("fcfs", "priority", "sjf")
 LOADS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 OVERLOAD = 1.2
 """Load of the trial of priorities: the batch is always full."""
-VALIDATION_LOADS = (0.5, 0.8)
+VALIDATION = (("poisson", 0.5), ("bursts", 0.5), ("poisson", 0.8))
+"""Traces and loads. The nearer to 1, the more a small error of the fit counts in every queue."""
 HEADER = (
     f"{'trace':10} {'aging':>6} {'policy':9} {'ttft':>8} {'p99':>8} {'latency':>8} {'p99':>8} "
     f"{'longest wait':>12} {'aged':>5}"
@@ -163,15 +164,20 @@ def validate(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     settings = settings_of(arguments, "fcfs", 30.0)
     rows = []
     with RunningPeer(replay.demo(settings)) as daemon:
-        for seed, load in enumerate(VALIDATION_LOADS):
+        for seed, (trace, load) in enumerate(VALIDATION):
             cost = replay.fit(daemon.url, settings, seed)
             print("fitted:", {name: f"{value:.3g}" for name, value in asdict(cost).items()})
             jobs = replay.for_demo(
-                traces.make("poisson", seed, arguments.count, load, cost, arguments.max_running)
+                traces.make(trace, seed, arguments.count, load, cost, arguments.max_running)
             )
             seen = asyncio.run(replay.replay(daemon.url, jobs))
             outcomes = simulate(jobs, settings, cost).outcomes
-            row: dict[str, Any] = {"load": load, "jobs": len(jobs), "cost": asdict(cost)}
+            row: dict[str, Any] = {
+                "trace": trace,
+                "load": load,
+                "jobs": len(jobs),
+                "cost": asdict(cost),
+            }
             for i, name in enumerate(("ttft", "latency")):
                 real = statistics.mean(times[i] for times in seen)
                 simulated = statistics.mean(getattr(outcome, name) for outcome in outcomes)
@@ -181,7 +187,7 @@ def validate(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     "difference": simulated / real - 1,
                 }
                 print(
-                    f"load {load:g}: mean {name:7} daemon {real:.4f} s, "
+                    f"{trace}, load {load:g}: mean {name:7} daemon {real:.4f} s, "
                     f"simulated {simulated:.4f} s, difference {simulated / real - 1:+.1%}",
                     flush=True,
                 )
