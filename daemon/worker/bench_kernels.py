@@ -32,8 +32,8 @@ come from memory and not from a cache."""
 
 _MOST_COPIES = 64
 _CHECK_ROWS = 4
-_WRONG = 2.0**-5
-"""Relative error beyond which a route is said to be wrong. Eight bits cost about 2^-8."""
+_WRONG = 2.0**-6
+"""Relative error beyond which a route is wrong. Eight bits with one scale per row cost 2^-7."""
 
 _FLOATS = 5
 """Memory of one measurement, in fp32 copies of the weight beside those of the rotation."""

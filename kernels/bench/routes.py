@@ -164,7 +164,7 @@ def _unpacked(weight: ops.GroupedWeight, x: torch.Tensor) -> torch.Tensor:
 def _onednn_int8(codes: ops.GroupedCodes) -> Multiply:
     """Operations private to torch; raises what they raise where they are missing."""
     weight = (codes.codes.to(torch.int16) - codes.center).to(torch.int8)
-    packed = torch.ops.onednn.qlinear_prepack(weight.T.contiguous(), None)
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
     scale = codes.scale.flatten().contiguous()
     zeros = torch.zeros(len(scale), dtype=torch.int32)
 
