@@ -48,6 +48,8 @@ BUDGETS = (NUM_BLOCKS, 64, (MAX_PROMPT + MAX_OUTPUT) // 16 + 2)
 """In blocks; the smallest holds the longest request alone."""
 CLIENTS = 24
 DISK_MEBIBYTES = 2
+PATIENCE_SECONDS = 600.0
+"""Of a client: long, because a large number waits for all small ones on a machine that is busy."""
 RECOUNT_SECONDS = 3.0
 IDLE_SECONDS = 20.0
 """Within which everything must be at rest after the last client has left."""
@@ -77,7 +79,8 @@ class Daemon:
     def __init__(self, running: RunningPeer, socket: Path) -> None:
         self.running = running
         self.url = running.url
-        self._connector = aiohttp.UnixConnector(str(socket))
+        # One connection: the daemon's open files are counted, and these are not to change them.
+        self._connector = aiohttp.UnixConnector(str(socket), limit=1)
         self._admin = aiohttp.ClientSession(connector=self._connector)
         self.worker = 0
 
@@ -127,7 +130,7 @@ class Load:
 
     async def run(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        timeout = aiohttp.ClientTimeout(total=120)
+        timeout = aiohttp.ClientTimeout(total=PATIENCE_SECONDS)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
             await asyncio.gather(*(self._client(session, i, end) for i in range(CLIENTS)))

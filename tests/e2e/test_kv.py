@@ -130,6 +130,8 @@ def test_the_disk_tier_survives_a_restart(serve: Callable[..., Daemon], tmp_path
     first.wait(lambda: state(first)["kv"]["disk_cached"] >= 3 * 13)
     first.stop(signal.SIGTERM)
     second = serve("demo", "--dtype", "float32", *arguments)
+    # The folder is looked through beside the first requests, which do not wait for that.
+    second.wait(lambda: state(second)["kv"]["disk_cached"] >= 3 * 13)
     for prompt, tokens in zip(PROMPTS[:3], expected, strict=True):
         assert ask(second, prompt, 20) == (tokens, 192)
     read = second.metric('quantd_spill_bytes_total{direction="in",tier="disk"}')
@@ -139,6 +141,8 @@ def test_the_disk_tier_survives_a_restart(serve: Callable[..., Daemon], tmp_path
         data = bytearray(path.read_bytes())
         data[-5] ^= 4
         path.write_bytes(data)
+    second.post("/admin/models/load", {"model": "demo"}, unix=True)
+    second.wait(lambda: state(second)["kv"]["disk_cached"] >= 3 * 13)
     assert [ask(second, prompt, 20)[0] for prompt in PROMPTS[:3]] == expected
     # What was damaged was not taken, and what was counted before the load was not forgotten.
     assert second.metric('quantd_spill_bytes_total{direction="in",tier="disk"}') == read
@@ -152,7 +156,8 @@ def test_a_timeout_is_an_error_that_names_it(daemon: Daemon) -> None:
     assert (status, error["code"], error["param"]) == (422, "deadline_exceeded", "timeout")
     # By what the daemon knows of its own speed, it may say so before it begins.
     assert re.match(r"the timeout of 0\.2 s (is over: |cannot be met: )", error["message"])
-    status, _, data = daemon.request("POST", "/v1/completions", request | {"stream": True})
+    streamed = body(PROMPTS[0][:1], 7000, timeout=1, stream=True)  # it begins, and cannot end
+    status, _, data = daemon.request("POST", "/v1/completions", streamed)
     assert status == 200 and b'"deadline_exceeded"' in data and data.endswith(b"[DONE]\n\n")
     for wrong in (0, -1, 1e9):
         status, _, data = daemon.request("POST", "/v1/completions", request | {"timeout": wrong})
