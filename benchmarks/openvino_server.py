@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import queue
-import threading
 from typing import Any
 
 import numpy as np
@@ -22,15 +20,16 @@ import openvino_genai
 from aiohttp import web
 
 Tokens = asyncio.Queue[list[int] | None]
+_TURNS = 4
+"""Of the event loop between two steps: to write tokens out, and to read requests that arrived."""
 
 
-class Batcher(threading.Thread):
-    """The thread that owns the pipeline: takes what has arrived, steps, hands out the tokens."""
+class Batcher:
+    """The pipeline and what runs in it. A step blocks the event loop: it holds Python's lock
+    anyway, and in a thread of its own it would let the loop have that between steps by chance."""
 
     def __init__(self, model: str, threads: int) -> None:
-        super().__init__(daemon=True)
-        self._loop = asyncio.get_running_loop()
-        self._arrivals: queue.SimpleQueue[tuple[list[int], int, Tokens]] = queue.SimpleQueue()
+        self._work = asyncio.Event()
         self._running: list[tuple[Any, Tokens]] = []
         self._num_requests = 0
         settings = openvino_genai.SchedulerConfig()
@@ -43,21 +42,7 @@ class Batcher(threading.Thread):
         )
 
     def submit(self, prompt: list[int], max_tokens: int) -> Tokens:
-        """Lists of new tokens as they come, then None. From the event loop only."""
-        tokens: Tokens = asyncio.Queue()
-        self._arrivals.put((prompt, max_tokens, tokens))
-        return tokens
-
-    def run(self) -> None:
-        while True:
-            if not self._running:
-                self._add(*self._arrivals.get())
-            while not self._arrivals.empty():
-                self._add(*self._arrivals.get())
-            self._pipeline.step()
-            self._running = [entry for entry in self._running if self._hand_out(*entry)]
-
-    def _add(self, prompt: list[int], max_tokens: int, tokens: Tokens) -> None:
+        """Lists of new tokens as they come, then None."""
         config = openvino_genai.GenerationConfig()
         config.max_new_tokens = max_tokens
         config.ignore_eos = True
@@ -65,16 +50,28 @@ class Batcher(threading.Thread):
         ids = openvino.Tensor(np.array([prompt], dtype=np.int64))
         handle = self._pipeline.add_request(self._num_requests, ids, config)
         self._num_requests += 1
+        tokens: Tokens = asyncio.Queue()
         self._running.append((handle, tokens))
+        self._work.set()
+        return tokens
+
+    async def run(self) -> None:
+        while await self._work.wait():
+            self._pipeline.step()
+            self._running = [entry for entry in self._running if self._hand_out(*entry)]
+            if not self._running:
+                self._work.clear()
+            for _ in range(_TURNS):
+                await asyncio.sleep(0)
 
     def _hand_out(self, handle: Any, tokens: Tokens) -> bool:
         """Passes on what `handle` has; False once it is at its end."""
         while handle.can_read():
             for output in handle.read().values():
-                self._loop.call_soon_threadsafe(tokens.put_nowait, list(output.generated_ids))
+                tokens.put_nowait(list(output.generated_ids))
         if handle.get_status() == openvino_genai.GenerationStatus.RUNNING:
             return True
-        self._loop.call_soon_threadsafe(tokens.put_nowait, None)
+        tokens.put_nowait(None)
         return False
 
 
@@ -105,7 +102,7 @@ async def _send(response: web.StreamResponse, chunk: dict[str, Any]) -> None:
 
 async def start(app: web.Application) -> None:
     app["batcher"] = Batcher(app["model"], app["threads"])
-    app["batcher"].start()
+    app["task"] = asyncio.create_task(app["batcher"].run())
 
 
 def main() -> None:
