@@ -4,54 +4,97 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+_ADDRESS = ("--host", "127.0.0.1", "--port", "{port}")
+
 
 @dataclass(frozen=True)
 class Peer:
-    """How to start one server on a model of `shapes.py`; `{port}` is filled in."""
+    """How to start one server; `{port}` in its command is filled in."""
 
+    engine: str
     name: str
     command: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def available(
-    folder: Path, threads: int, llama_server: str | None, quantization: str, llama_model: Path
-) -> list[Peer]:
-    """quantd, and each peer that is installed and has its weights in `folder`."""
-    path = folder if (folder / "config.json").exists() else folder / "model.gguf"
-    arguments = ["serve", f"model={path}", "--host", "127.0.0.1", "--port", "{port}"]
-    arguments += ["--quantization", quantization]
-    if path == folder and not (folder / "model.safetensors").exists():
-        arguments += ["--load-format", "dummy"]
-    arguments += ["--threads", str(threads)]
-    peers = [Peer("quantd", (sys.executable, "-m", "quantd.daemon", *arguments))]
-    llama = llama_server or shutil.which("llama-server")
-    if llama and llama_model.exists():
-        limits = ["-t", str(threads), "-tb", str(threads), "-np", "16", "-c", "32768"]
-        host = ["--host", "127.0.0.1", "--port", "{port}"]
-        command = (llama, "-m", str(llama_model), *limits, "-cb", *host)
-        peers.append(Peer("llama.cpp", command))
-    if (vllm := shutil.which("vllm")) and (folder / "model.safetensors").exists():
-        limits = ["--dtype", "bfloat16", "--max-model-len", "4096", "--max-num-seqs", "32"]
-        command = (vllm, "serve", str(folder), "--served-model-name", "model", *limits)
-        command += ("--host", "127.0.0.1", "--port", "{port}")
-        cores = f"0-{threads - 1}"
+@dataclass(frozen=True)
+class Programs:
+    """The program of each engine ("" where it is not there), and how many threads it may use."""
+
+    threads: int
+    llama_server: str = ""
+    openvino_python: str = ""
+    vllm: str = ""
+
+
+def parse(text: str, programs: Programs) -> Peer:
+    """`ENGINE:PATH`, for quantd also `ENGINE:PATH:QUANTIZATION`. ValueError says what is wrong."""
+    engine, _, rest = text.partition(":")
+    path, _, quantization = rest.partition(":")
+    makers = {
+        "quantd": (sys.executable, _quantd),
+        "llama.cpp": (programs.llama_server, _llama),
+        "openvino": (programs.openvino_python, _openvino),
+        "vllm": (programs.vllm, _vllm),
+    }
+    if engine not in makers:
+        raise ValueError(f"{text}: an engine is one of {', '.join(makers)}, not {engine!r}")
+    program, arguments = makers[engine]
+    if not program:
+        raise ValueError(f"{text}: where is {engine}'s program? See --help")
+    if not path or not Path(path).exists():
+        raise ValueError(f"{text}: there is no file or folder {path!r}")
+    if quantization and engine != "quantd":
+        raise ValueError(f"{text}: only quantd quantizes while it loads")
+    name = " ".join(part for part in (engine, Path(path).name, quantization) if part)
+    command = arguments(Path(path), programs.threads)
+    if quantization:
+        command += ("--quantization", quantization)
+    environment = {}
+    if engine == "vllm":
+        cores = f"0-{programs.threads - 1}"
         environment = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": cores}
-        peers.append(Peer("vLLM", command, environment))
-    return peers
+    return Peer(engine, name, (program, *command), environment)
+
+
+def _gguf_in(path: Path) -> Path:
+    """The GGUF file in a folder that has no other checkpoint, else the path itself."""
+    return path if (path / "config.json").exists() or path.is_file() else path / "model.gguf"
+
+
+def _quantd(path: Path, threads: int) -> tuple[str, ...]:
+    path = _gguf_in(path)
+    command = ("-m", "quantd.daemon", "serve", f"model={path}", *_ADDRESS)
+    if path.is_dir() and not (path / "model.safetensors").exists():
+        command += ("--load-format", "dummy")
+    return (*command, "--threads", str(threads))
+
+
+def _llama(path: Path, threads: int) -> tuple[str, ...]:
+    file = path / "model.gguf" if path.is_dir() else path
+    limits = ("-t", str(threads), "-tb", str(threads), "-np", "16", "-c", "32768", "-cb")
+    return ("-m", str(file), *limits, *_ADDRESS)
+
+
+def _openvino(path: Path, threads: int) -> tuple[str, ...]:
+    server = str(Path(__file__).with_name("openvino_server.py"))
+    return (server, str(path), "--threads", str(threads), "--port", "{port}")
+
+
+def _vllm(path: Path, threads: int) -> tuple[str, ...]:
+    limits = ("--dtype", "bfloat16", "--max-model-len", "4096", "--max-num-seqs", "32")
+    return ("serve", str(path), "--served-model-name", "model", *limits, *_ADDRESS)
 
 
 class RunningPeer:
@@ -61,7 +104,7 @@ class RunningPeer:
         self.peer = peer
         self.url = ""
         self.start_seconds = 0.0
-        self._log = Path(tempfile.gettempdir(), f"benchmark-{peer.name}-{os.getpid()}.log")
+        self._log = Path(tempfile.gettempdir(), f"benchmark-{peer.engine}-{os.getpid()}.log")
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> RunningPeer:

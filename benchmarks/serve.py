@@ -1,10 +1,13 @@
-"""quantd and every peer that is installed, on the same weights, in one run.
+"""Servers side by side through HTTP, in one run: quantd in any format, and its peers.
 
-    python benchmarks/shapes.py M models/M --gguf
-    python benchmarks/serve.py models/M --llama-server PATH --json results/serve.json
+    python benchmarks/serve.py quantd:models/M-Q4_K_M llama.cpp:models/M-Q4_K_M \
+        quantd:models/M:int8 openvino:models/M-ov-int8 \
+        --llama-server PATH --openvino-python VENV/bin/python --json results.json
 
-The servers take turns (A B A B …), one up at a time, because a shared machine drifts; each round
-also measures the machine itself. Printed: medians over the rounds, and quantd's ratio to each peer.
+A server is ENGINE:PATH, for quantd also ENGINE:PATH:QUANTIZATION; engines are quantd, llama.cpp,
+openvino and vllm. The servers take turns (A B A B …), one up at a time, because a shared machine
+drifts; each round also measures the machine itself. Printed: medians over the rounds, and the ratio
+of each quantd to each server named after it. A --json file that is there gets the rounds added.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ import asyncio
 import datetime
 import json
 import os
+import shutil
 import statistics
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +39,22 @@ SCENARIOS = {
         load.Scenario("primed", streams=16, prompt=32, output=16, shared=512, primed=True),
     )
 }
-_FIGURES = {"one": "decode_rate", "prefill": "prefill_rate", "shared": "wall", "primed": "wall"}
 WARM_UP = load.Scenario("warm", streams=1, prompt=16, output=4)
+
+FIGURES = {
+    "one stream, decode tok/s": ("one", "decode_rate"),
+    "8 streams, tok/s": ("8", "output_rate"),
+    "16 streams, tok/s": ("16", "output_rate"),
+    "prefill of 128, tok/s": ("one", "prefill_rate"),
+    "prefill of 1,024, tok/s": ("prefill", "prefill_rate"),
+    "16 × (512 shared + 32), s": ("shared", "wall"),
+    "the same, prefix sent before, s": ("primed", "wall"),
+    "start to first token, s": ("start", ""),
+    "peak memory, MiB": ("peak_mib", ""),
+}
+"""What a table shows: its title, the scenario, and which of the scenario's figures."""
+
+Rounds = list[dict[str, Any]]
 
 
 def measure(peer: peers.Peer, names: list[str], repeat: int) -> dict[str, Any]:
@@ -47,7 +66,7 @@ def measure(peer: peers.Peer, names: list[str], repeat: int) -> dict[str, Any]:
             measured = asyncio.run(load.run(server.url, "model", SCENARIOS[name], repeat))
             result[name] = asdict(measured)
             print(
-                f"  {peer.name:10} {name:8} {measured.output_rate:7.1f} tok/s out"
+                f"  {peer.name:20} {name:8} {measured.output_rate:7.1f} tok/s out"
                 f"  decode {measured.decode_rate:6.1f}  prefill {measured.prefill_rate:6.1f}"
                 f"  TTFT {measured.ttft_mean:7.0f} ms  ITL p50 {measured.itl_p50:6.1f}"
                 f" p99 {measured.itl_p99:6.1f} ms",
@@ -55,87 +74,106 @@ def measure(peer: peers.Peer, names: list[str], repeat: int) -> dict[str, Any]:
             )
         result["peak_mib"] = server.peak_mebibytes()
     print(
-        f"  {peer.name:10} start {result['start']:.1f} s, peak {result['peak_mib']} MiB", flush=True
+        f"  {peer.name:20} start {result['start']:.1f} s, peak {result['peak_mib']} MiB", flush=True
     )
     return result
 
 
-def _figure(rounds: list[dict[str, Any]], name: str) -> float:
-    """The figure that a scenario is judged by, as the median over the rounds."""
-    if name in ("start", "peak_mib"):
-        return statistics.median(r[name] for r in rounds)
-    key = {"one": "decode_rate", "prefill": "prefill_rate", "shared": "wall", "primed": "wall"}.get(
-        name
-    )
-    return statistics.median(r[name][key or "output_rate"] for r in rounds)
-
-
-def table(results: dict[str, list[dict[str, Any]]], names: list[str]) -> str:
-    """A Markdown table: a row a figure, a column a server, quantd's ratio to each peer."""
-    titles = {
-        "one": "one stream, decode tok/s",
-        "prefill": "prefill of 1,024, tok/s",
-        "8": "8 streams, tok/s",
-        "16": "16 streams, tok/s",
-        "shared": "16 × (512 shared + 32), s",
-        "primed": "the same, prefix sent before, s",
-        "start": "start to first token, s",
-        "peak_mib": "peak memory, MiB",
+def figures(rounds: Rounds) -> dict[str, float]:
+    """Title of a figure to its median over the rounds, of the scenarios that were run."""
+    return {
+        title: statistics.median(r[name][key] if key else r[name] for r in rounds)
+        for title, (name, key) in FIGURES.items()
+        if name in rounds[0]
     }
-    others = [name for name in results if name != "quantd"]
-    head = ["", "quantd", *others, *(f"quantd / {name}" for name in others)]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name in [*names, "start", "peak_mib"]:
-        ours = _figure(results["quantd"], name)
-        theirs = [_figure(results[other], name) for other in others]
-        cells = [f"{ours:.1f}", *(f"{value:.1f}" for value in theirs)]
-        cells += [f"{ours / value:.2f}" for value in theirs]
-        lines.append(f"| {titles[name]} | " + " | ".join(cells) + " |")
+
+
+def table(results: dict[str, Rounds]) -> str:
+    """Two Markdown tables: a row a server, then a row for each quantd and each server after it."""
+    medians = {name: figures(rounds) for name, rounds in results.items()}
+    titles = list(next(iter(medians.values())))
+    rule = "|---" * (len(titles) + 1) + "|"
+    lines = ["| | " + " | ".join(titles) + " |", rule]
+    for name, values in medians.items():
+        lines.append(f"| {name} | " + " | ".join(f"{v:.1f}" for v in values.values()) + " |")
+    lines += ["", "| ratio | " + " | ".join(titles) + " |", rule]
+    for ours, theirs in combinations(medians, 2):
+        if ours.startswith("quantd "):
+            ratios = (medians[ours][title] / medians[theirs][title] for title in titles)
+            cells = " | ".join(f"{ratio:.2f}" for ratio in ratios)
+            lines.append(f"| {ours} / {theirs} | {cells} |")
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path, help="a folder made by shapes.py")
+def shown(peer: peers.Peer) -> list[str]:
+    """A peer's command without the folders of this machine's programs."""
+    here = f"{Path(__file__).parent}/"
+    parts = [part.replace(here, "benchmarks/") for part in peer.command[1:]]
+    return [Path(peer.command[0]).name, *parts]
+
+
+def new_record(chosen: list[peers.Peer]) -> dict[str, Any]:
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine.describe(),
+        "read_gb_per_s": [],
+        "commands": {peer.name: shown(peer) for peer in chosen},
+        "results": {peer.name: [] for peer in chosen},
+    }
+
+
+def resume(path: Path | None, chosen: list[peers.Peer]) -> dict[str, Any]:
+    """The record to add rounds to. ValueError where the file is one of other servers."""
+    record = new_record(chosen)
+    if path is None or not path.exists():
+        return record
+    earlier: dict[str, Any] = json.loads(path.read_text())
+    for key in ("machine", "commands"):
+        if earlier[key] != record[key]:
+            raise ValueError(f"{path} has another {key}: {earlier[key]}, not {record[key]}")
+    return earlier
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[peers.Peer]]:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("servers", nargs="+", metavar="ENGINE:PATH[:QUANTIZATION]")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--scenarios", default="one,prefill,8,16")
+    parser.add_argument("--scenarios", default="one,8,16,prefill", help=", ".join(SCENARIOS))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--llama-server", help="path of llama.cpp's server")
-    parser.add_argument("--llama-model", type=Path, help="its weights (default: MODEL/model.gguf)")
-    parser.add_argument("--quantization", default="auto", help="what quantd makes of the weights")
-    parser.add_argument("--only", help="comma-separated names of servers")
+    parser.add_argument("--llama-server", default=shutil.which("llama-server") or "")
+    parser.add_argument("--openvino-python", default="", help="Python that has openvino-genai")
+    parser.add_argument("--vllm", default=shutil.which("vllm") or "")
     parser.add_argument("--json", type=Path, help="write everything measured here")
-    arguments = parser.parse_args()
-    names = arguments.scenarios.split(",")
-    chosen = peers.available(
-        arguments.model,
-        arguments.threads,
-        arguments.llama_server,
-        arguments.quantization,
-        arguments.llama_model or arguments.model / "model.gguf",
+    options = parser.parse_args()
+    options.scenarios = options.scenarios.split(",")
+    if unknown := set(options.scenarios) - set(SCENARIOS):
+        parser.error(f"--scenarios: {', '.join(sorted(unknown))} is none of {', '.join(SCENARIOS)}")
+    programs = peers.Programs(
+        options.threads, options.llama_server, options.openvino_python, options.vllm
     )
-    if arguments.only:
-        chosen = [peer for peer in chosen if peer.name in arguments.only.split(",")]
-    results: dict[str, list[dict[str, Any]]] = {peer.name: [] for peer in chosen}
-    bandwidth: list[float | None] = []
+    try:
+        return options, [peers.parse(text, programs) for text in options.servers]
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def main() -> None:
+    options, chosen = parse_arguments()
+    record = resume(options.json, chosen)
     print(machine.describe())
-    for repeat in range(arguments.rounds):
-        bandwidth.append(machine.read_bandwidth())
-        rate = f"{bandwidth[-1]:.1f} GB/s" if bandwidth[-1] else "unknown (no C compiler)"
+    for _ in range(options.rounds):
+        repeat = len(record["read_gb_per_s"])
+        bandwidth = machine.read_bandwidth()
+        rate = f"{bandwidth:.1f} GB/s" if bandwidth else "unknown (no C compiler)"
         print(f"round {repeat + 1}: this machine reads {rate}", flush=True)
-        for peer in chosen:
-            results[peer.name].append(measure(peer, names, repeat))
-    if "quantd" in results:
-        print(table(results, names))
-    if arguments.json:
-        record = {
-            "date": datetime.date.today().isoformat(),
-            "machine": machine.describe(),
-            "read_gb_per_s": bandwidth,
-            "commands": {peer.name: list(peer.command) for peer in chosen},
-            "results": results,
-        }
-        arguments.json.write_text(json.dumps(record, indent=1))
+        measured = {peer.name: measure(peer, options.scenarios, repeat) for peer in chosen}
+        record["read_gb_per_s"].append(bandwidth)
+        for name, result in measured.items():
+            record["results"][name].append(result)
+        if options.json:
+            options.json.write_text(json.dumps(record, indent=1))
+    print(table(record["results"]))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -146,9 +147,15 @@ class _Reporter:
 
 def _make_runner(load: LoadModel, on_progress: OnProgress) -> StepRunner:
     on_progress(LoadProgress("importing", 0, 0))
+    # What is imported and loaded stays until the process ends. Python's collector would look
+    # through it again and again while it grows, and for a tenth of a second between two steps.
+    gc.disable()
     from quantd.daemon.worker.runner import Runner
 
-    return Runner(load, on_progress)
+    runner = Runner(load, on_progress)
+    gc.freeze()
+    gc.enable()
+    return runner
 
 
 def _belong_to(parent: int) -> bool:

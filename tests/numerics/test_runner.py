@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from quantd.daemon.types import (
     StepPlan,
     StepResult,
 )
+from quantd.daemon.worker import main
 from quantd.daemon.worker.runner import Runner
 
 GREEDY = SamplingParams(max_tokens=50, temperature=0.0)
@@ -223,3 +225,15 @@ def test_other_dtypes(made: tuple[Any, Path], dtype: str) -> None:
         expected = reference(model, answer.tokens)[:-1]
         error = (answer.logprobs - expected).square().mean() / expected.square().mean()
         assert float(error) < 1e-3
+
+
+def test_a_loaded_model_is_no_work_for_pythons_collector(made: tuple[Any, Path]) -> None:
+    try:
+        runner = main._make_runner(
+            LoadModel("tiny", str(made[1]), threads=1), lambda progress: None
+        )
+        assert runner.info.weight_bytes > 0
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 100_000
+    finally:
+        gc.unfreeze()
