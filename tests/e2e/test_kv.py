@@ -111,7 +111,7 @@ def test_a_burst_shares_its_prefix_and_n_choices_their_prompt(
 
 def test_spilled_blocks_return_as_they_were(serve: Callable[..., Daemon], plain: Daemon) -> None:
     arguments = ["--kv-bytes", "2MiB", "--host-kv-bytes", "32MiB", "--max-context", "400"]
-    daemon = serve("demo", "--dtype", "float32", *arguments)
+    daemon = serve("demo", "--dtype", "float32", "--threads", "1", *arguments)
     expected = [ask(plain, prompt, 40)[0] for prompt in PROMPTS]
     for _ in range(2):
         answers = together(daemon, [body(prompt, 40) for prompt in PROMPTS])
@@ -124,7 +124,14 @@ def test_spilled_blocks_return_as_they_were(serve: Callable[..., Daemon], plain:
 
 
 def test_the_disk_tier_survives_a_restart(serve: Callable[..., Daemon], tmp_path: Path) -> None:
-    arguments = ["--host-kv-bytes", "32MiB", "--disk-kv-path", str(tmp_path / "kv")]
+    arguments = [
+        "--host-kv-bytes",
+        "32MiB",
+        "--disk-kv-path",
+        str(tmp_path / "kv"),
+        "--threads",
+        "1",
+    ]
     first = serve("demo", "--dtype", "float32", *arguments)
     expected = [ask(first, prompt, 20)[0] for prompt in PROMPTS[:3]]
     first.wait(lambda: state(first)["kv"]["disk_cached"] >= 3 * 13)
