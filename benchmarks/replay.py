@@ -49,7 +49,7 @@ def demo(settings: SchedulerSettings) -> Peer:
     command += ["--dtype", "float32", "--threads", "1", "--policy", settings.policy]
     command += ["--max-running", str(settings.max_running)]
     command += ["--token-budget", str(settings.token_budget)]
-    return Peer("quantd", tuple(command))
+    return Peer("quantd", "quantd", tuple(command))
 
 
 def for_demo(jobs: Sequence[Job]) -> list[Job]:

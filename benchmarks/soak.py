@@ -264,7 +264,7 @@ def peer(socket: Path, *arguments: str) -> Peer:
     command = [sys.executable, "-m", "quantd.daemon", "serve", "model=embedded:demo"]
     command += ["--host", "127.0.0.1", "--port", "{port}", "--socket", str(socket)]
     command += ["--dtype", "float32", "--threads", "1", *arguments]
-    return Peer("soak", tuple(command), {"OMP_NUM_THREADS": "1"})
+    return Peer("quantd", "soak", tuple(command), {"OMP_NUM_THREADS": "1"})
 
 
 @contextmanager
