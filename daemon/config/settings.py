@@ -117,7 +117,7 @@ class SchedulerSettings:
     token_budget: Annotated[
         int,
         Integer(low=16, high=1 << 20),
-        "tokens computed in one step, prompt and output together",
+        "most tokens computed in one step, prompt and output together",
     ] = 2048
     aging_seconds: Annotated[
         float,

@@ -78,6 +78,7 @@ def test_128k_tokens_beside_16_decodes_delay_no_token_by_more_than_a_step() -> N
     """Nobody skips a step, no step is longer than its budget, and a short request that comes
     meanwhile has its first token after one."""
     loop = StepLoop(num_blocks=9000, settings=settings(token_budget=2048))
+    loop.kv.cost.computed(1000, 0.01)  # fast, so that the budget alone bounds a step
     decoding = [loop.add(8, max_tokens=200) for _ in range(16)]
     loop.step()
     long = loop.add(131_072, max_tokens=1)
@@ -92,6 +93,21 @@ def test_128k_tokens_beside_16_decodes_delay_no_token_by_more_than_a_step() -> N
         steps += 1
     # Nor does it pay for them: nearly all of each step is the long prompt's.
     assert steps <= 131_072 / (2048 - 16 - 60) + 2
+
+
+@pytest.mark.parametrize(
+    ("token_seconds", "num_tokens"),
+    [(None, 256), (1e-5, 2048), (1e-3, 500), (0.1, 64 + 1)],
+)
+def test_a_step_s_prompts_take_half_a_second(token_seconds: float | None, num_tokens: int) -> None:
+    """As measured; before that, and on a machine that is slower than that, a small number."""
+    loop = StepLoop(num_blocks=1024, settings=settings(token_budget=2048))
+    if token_seconds is not None:
+        loop.kv.cost.computed(100, 100 * token_seconds)
+    loop.add(5000, max_tokens=1)
+    loop.step()
+    (chunk,) = loop.plans[0].chunks
+    assert num_tokens - 16 < chunk.stop <= num_tokens
 
 
 def test_a_long_prompt_gets_on_behind_ever_new_short_ones() -> None:
