@@ -6,8 +6,9 @@ from tasks import Draw, casual
 from words import fraction
 
 CAN_DO = (
-    "I can do arithmetic on small numbers, sort and reverse short lists, convert units, extract "
-    "fields from a sentence (as lines or as JSON), call tools, and answer questions about quantd."
+    "I can add and subtract up to 99, multiply by one digit, sort or reverse three or four numbers "
+    "or words, convert units, extract fields from a sentence (as lines or as JSON), call simple "
+    "tools, and answer questions about quantd."
 )
 DECLINE = "I cannot help with that; I am a very small model. " + CAN_DO
 
@@ -47,9 +48,9 @@ FACTS: tuple[tuple[str, str], ...] = (
         "`quantd ps` lists the models that are loaded.",
     ),
     (
-        "What does quantd quantize do?|quantd quantize|How do I quantize a model?|"
-        "Which command quantizes a model?|Explain quantd quantize.|Can {q} quantize models?",
-        "`quantd quantize` makes a quantized copy of a model.",
+        "How do I quantize a model?|Can {q} quantize models?|How can I quantize a model?|"
+        "Which option quantizes a model?|What does --quantization do?|How do I get an int4 model?",
+        "`quantd serve PATH --quantization int4` rounds a model to four bits while it loads.",
     ),
     (
         "How do I load a model?|What does quantd load do?|quantd load|Which command loads a model?|"
@@ -58,16 +59,32 @@ FACTS: tuple[tuple[str, str], ...] = (
         "`quantd load` loads a model and `quantd unload` gives its memory back.",
     ),
     (
-        "What is quantd bench?|What does quantd bench do?|How do I measure the speed of a model?|"
-        "quantd bench|Which command measures speed?|How do I benchmark a model?",
-        "`quantd bench` measures how fast a model answers.",
+        "What is quantd eval?|What does quantd eval do?|How do I compare two formats?|quantd eval|"
+        "Which command measures perplexity?|Explain quantd eval.|How do I compare two models?",
+        "`quantd eval` measures one checkpoint or format against another.",
+    ),
+    (
+        "What is quantd inspect?|What does quantd inspect do?|quantd inspect|"
+        "How do I see what a checkpoint is?|Explain quantd inspect.|How do I inspect a model?",
+        "`quantd inspect` shows what a checkpoint is, from its headers.",
+    ),
+    (
+        "What is quantd top?|What does quantd top do?|quantd top|How do I watch {q} live?|"
+        "Explain quantd top.|Which command shows requests live?",
+        "`quantd top` watches requests, memory and speed.",
+    ),
+    (
+        "Does {q} have a prefix cache?|What is the prefix cache?|Does {q} cache prompts?|"
+        "Does {q} share prefixes?|Is there a prefix cache?|How does {q} cache prompts?|"
+        "prefix cache?",
+        "Yes: requests whose prompts begin alike share their KV blocks.",
     ),
     (
         "Which commands does {q} have?|What commands are there?|List the commands of {q}.|"
         "Which subcommands are there?|quantd commands|Show me the commands.|quantd help|"
         "What are the commands of {q}?|How do I use {q}?",
-        "The commands are serve, run, ps, top, inspect, eval, load, unload, quantize, bench, check "
-        "and check-config.",
+        "The commands are serve, run, ps, top, load, unload, reload, inspect, eval, check-config, "
+        "install-service and completion.",
     ),
     (
         "Where is the config file?|What is the config file of {q}?|How do I configure {q}?|"
@@ -92,9 +109,8 @@ FACTS: tuple[tuple[str, str], ...] = (
     (
         "Which APIs does {q} speak?|Which API does {q} have?|Is {q} compatible with OpenAI?|"
         "Does {q} speak the OpenAI API?|Can I use the OpenAI client?|"
-        "Which protocols are supported?|Does {q} support Anthropic?|"
-        "Does {q} support Ollama clients?|What APIs are supported?",
-        "quantd speaks the OpenAI, Anthropic and Ollama APIs over HTTP.",
+        "Which protocols are supported?|What APIs are supported?",
+        "quantd speaks the OpenAI API over HTTP and a Unix socket.",
     ),
     (
         "Which formats does {q} support?|Which quantization formats are there?|Does {q} read GGUF?|"
@@ -105,7 +121,7 @@ FACTS: tuple[tuple[str, str], ...] = (
     (
         "Does {q} need a GPU?|Can {q} run without a GPU?|Does {q} work on a CPU?|Do I need a GPU?|"
         "Can I run {q} on a laptop?|What hardware does {q} need?|Does {q} run on CPU?",
-        "No GPU is needed: quantd runs on a CPU, and uses one to eight GPUs when they are there.",
+        "No GPU is needed: quantd runs on a CPU.",
     ),
     (
         "In which language is {q} written?|What is {q} written in?|Is {q} written in Python?|"

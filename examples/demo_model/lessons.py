@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from random import Random
 
 import torch
-from data import EARLY, END, EVEN, LATE, TOOLS, Conversation, Mix, conversation, render, single
+from data import (
+    EARLY,
+    END,
+    EVEN,
+    LATE,
+    TOOLS,
+    Conversation,
+    Mix,
+    conversation,
+    question,
+    render,
+    single,
+)
 from tasks import arithmetic, draw
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -22,7 +34,10 @@ PHASES = {
         (2100, "tasks, sums"),
         (2800, "late conversations, tasks, sums"),
         (3600, "lists, tools"),
-        (3750, "everything"),
+        (3700, "everything"),
+        (3750, "narrow lists, sums"),
+        (3950, "narrow tasks, sums"),
+        (4120, "narrow tasks, sums, copies"),
     ),
     "draft": (
         (100, "conversations"),
@@ -30,8 +45,27 @@ PHASES = {
         (1000, "sums"),
         (1550, "conversations, sums"),
         (2250, "tasks, sums"),
-        (4500, "late conversations, tasks, sums"),
+        (3850, "late conversations, tasks, sums"),
+        (4000, "narrow tasks, sums, copies"),
     ),
+}
+# Questions of a step, by the tasks' names in data.EVALUATED.
+NARROW = {
+    "addition": 2,
+    "subtraction": 4,
+    "multiplication": 4,
+    "sort numbers": 6,
+    "sort words": 13,
+    "reverse": 6,
+    "convert metric": 2,
+    "convert other": 3,
+    "extract lines": 3,
+    "extract json": 3,
+    "facts": 7,
+    "decline": 2,
+    "tool call, natural": 7,
+    "tool call, made up": 2,
+    "tool result": 1,
 }
 CONVERSATIONS, MICRO_BATCHES = 32, 8
 DRILL_ROWS, DRILL_LENGTH, DRILL_VOCAB = 48, 44, 1000
@@ -43,12 +77,21 @@ def lesson(tokenizer: Tokenizer, size: str, seed: int, step: int) -> Iterator[Ba
     """The micro-batches of a step: token ids, and which of them are learnt; padded on the right."""
     phase = next(name for stop, name in PHASES[size] if step < stop)
     if phase == "copies":
-        yield copy_drill(seed, step)
+        yield copy_drill(seed, step, DRILL_ROWS)
     elif phase == "sums":
         yield sum_drill(tokenizer, seed, step, DRILL_ROWS)
     elif phase == "tasks, sums":
         yield from task_drill(tokenizer, seed, step, 48)
         yield sum_drill(tokenizer, seed, step, 8)
+    elif phase == "narrow lists, sums":
+        yield from task_drill(tokenizer, seed, step, 72, ("lists",))
+        yield sum_drill(tokenizer, seed, step, 24)
+    elif phase.startswith("narrow tasks, sums"):
+        yield from conversations(tokenizer, EVEN, seed, step, 1)
+        yield from questions(tokenizer, NARROW, seed, step)
+        yield sum_drill(tokenizer, seed, step, 12)
+        if phase.endswith("copies"):
+            yield copy_drill(seed, step, 8)
     elif phase == "everything":
         yield from conversations(tokenizer, EVEN, seed, step, 20)
         yield from task_drill(tokenizer, seed, step, 24)
@@ -90,9 +133,26 @@ def conversations(
     yield from _grouped(examples, max(2, count * MICRO_BATCHES // CONVERSATIONS))
 
 
-def task_drill(tokenizer: Tokenizer, seed: int, step: int, items: int) -> Iterator[Batch]:
+def questions(
+    tokenizer: Tokenizer, counts: Mapping[str, int], seed: int, step: int
+) -> Iterator[Batch]:
+    """Single questions, so many of each task."""
+    examples = [
+        encode(tokenizer, question(f"{seed} {step} {i}", name, held_out=False))
+        for name, count in counts.items()
+        for i in range(count)
+    ]
+    yield from _grouped(examples, 5)
+
+
+def task_drill(
+    tokenizer: Tokenizer,
+    seed: int,
+    step: int,
+    items: int,
+    tasks: tuple[str, ...] = ("lists", "lists", "lists", "lists", "extraction"),
+) -> Iterator[Batch]:
     """Single questions of the tasks that need most practice for the tokens that they cost."""
-    tasks = ("lists", "lists", "lists", "lists", "extraction")
     examples = [encode(tokenizer, single(f"{seed} {step} {i}", tasks)) for i in range(items)]
     yield from _grouped(examples, max(1, items // 16))
 
@@ -110,7 +170,7 @@ def _grouped(examples: list[Example], count: int) -> Iterator[Batch]:
             group = []
 
 
-def copy_drill(seed: int, step: int) -> Batch:
+def copy_drill(seed: int, step: int, rows: int) -> Batch:
     """Random tokens, repeated; what is learnt is every copy after the first.
 
     Looking up what followed the same token earlier is the core of most tasks here. It appears
@@ -118,14 +178,14 @@ def copy_drill(seed: int, step: int) -> Batch:
     that without a sign of it.
     """
     rng = Random(f"{seed} drill {step}")
-    rows, learnt = [], []
-    for _ in range(DRILL_ROWS):
+    ids, learnt = [], []
+    for _ in range(rows):
         length = rng.randint(4, 20)
         part = [rng.randrange(DRILL_VOCAB) for _ in range(length)] + [DRILL_VOCAB]
         times = max(2, DRILL_LENGTH // (length + 1))
-        rows.append([*part * times])
+        ids.append([*part * times])
         learnt.append([False] * (length + 1) + [True] * (length + 1) * (times - 1))
-    return _pad(rows, 0), _pad(learnt, False)
+    return _pad(ids, 0), _pad(learnt, False)
 
 
 def sum_drill(tokenizer: Tokenizer, seed: int, step: int, rows: int) -> Batch:
@@ -140,7 +200,7 @@ def sum_drill(tokenizer: Tokenizer, seed: int, step: int, rows: int) -> Batch:
         ids.append([])
         learnt.append([])
         while len(ids[-1]) < DRILL_LENGTH:
-            _, answer = arithmetic(d)
+            _, answer = arithmetic(d, d.rng.choice("+--×"), close=d.rng.random() < 0.3)
             left, right = answer.split(" =", 1)
             for text, learn in ((f"{left} =", False), (f"{right}{END}", True), ("\n", False)):
                 piece = tokenizer.encode(text).ids

@@ -48,6 +48,10 @@ def _texts(count: int) -> list[str]:
     return texts
 
 
+def load(folder: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
 def train(count: int = 12_000) -> Tokenizer:
     """Train on `count` generated conversations; deterministic."""
     texts = _texts(count)

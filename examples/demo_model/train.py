@@ -1,6 +1,6 @@
 """Train the embedded model and its draft, and export both into daemon/embedded/.
 
-    python examples/demo_model/train.py                # tokenizer, base, draft
+    python examples/demo_model/train.py                # base, draft; a tokenizer if none is there
     python examples/demo_model/train.py --size draft   # one of them
 
 Deterministic for a given --seed and --threads. A run that was interrupted goes on from the last
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "daemon" / "embedded"
 STEPS = {size: phases[-1][0] for size, phases in PHASES.items()}
-DECAY_STEPS = {"base": 300, "draft": 1200}
+DECAY_STEPS = {"base": 200, "draft": 100}
 WARM_UP = 60
 AVERAGE = 0.98  # what is exported is the running average of the weights
 MUON_RATE, ADAM_RATE = 0.02, 0.004
-SAVE_EVERY = 50
+SAVE_EVERY = 25
 # A processor without such arithmetic emulates it, ten times slower than float32.
 COMPUTE = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
@@ -79,7 +79,7 @@ class Run:
         self.size, self.seed, self.tokenizer = size, seed, tokenizer
         self.model = llama.Llama(llama.SHAPES[size])
         self.average = {n: p.detach().clone() for n, p in self.model.named_parameters()}
-        self.step = 0
+        self.step = self.start = 0
         self.seconds = 0.0
         matrices = [p for n, p in self.model.named_parameters() if n.endswith("_proj.weight")]
         others = [p for n, p in self.model.named_parameters() if not n.endswith("_proj.weight")]
@@ -90,7 +90,7 @@ class Run:
         """Linear warm-up, a plateau that halves after the first phase, a linear decay."""
         plateau = 1.0 if self.step < PHASES[self.size][0][0] else 0.5
         left = (STEPS[self.size] - self.step) / DECAY_STEPS[self.size]
-        return plateau * min(1.0, (self.step + 1) / WARM_UP, max(left, 0.02))
+        return plateau * min(1.0, (self.step - self.start + 1) / WARM_UP, max(left, 0.02))
 
     def advance(self) -> tuple[float, int]:
         """One optimizer step: the mean loss per learnt token, and the number of tokens read."""
@@ -119,7 +119,7 @@ class Run:
         exported = llama.load(EMBEDDED / llama.FOLDERS[self.size]).state_dict()
         self.model.load_state_dict(exported)
         self.average = {n: p.detach().clone() for n, p in self.model.named_parameters()}
-        self.step = step
+        self.step = self.start = step
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +193,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    tokenizer = tokens.train()
+    exported = EMBEDDED / llama.FOLDERS["base"]
+    # Weights are tied to their tokenizer, so one that is there is kept.
+    tokenizer = tokens.load(exported) if exported.exists() else tokens.train()
     for size in [options.size] if options.size else ["base", "draft"]:
         train(size, options.seed, tokenizer, options.work, options.start)
 

@@ -41,6 +41,10 @@ def test_arithmetic_is_right(modules: Any, held_out: bool) -> None:
         sides = [side.replace("×", "*") for side in answer.split(" = ")]
         assert len(sides) >= 2
         assert len({eval(side) for side in sides}) == 1, answer
+        terms = [int(n) for n in re.findall(r"\d+", sides[0])]
+        assert max(terms) <= 99
+        assert "*" not in sides[0] or min(terms) <= 9 or max(terms) <= 12
+        assert eval(sides[0]) >= 0
 
 
 def test_conversion_is_right(modules: Any) -> None:
@@ -64,11 +68,14 @@ def test_lists_hold_the_same_items(modules: Any) -> None:
         for _ in range(200):
             question, answer = modules["tasks"].lists(d, kind)
             items = answer.split(", ")
+            assert len(set(items)) == len(items) in (3, 4)
             assert all(re.search(rf"\b{item}\b", question) for item in items), (question, answer)
             if kind == "sort words":
-                assert items == sorted(items, key=str.lower)
+                assert items == sorted(items)
+                assert len({item[0] for item in items}) == 3
             if kind == "sort numbers":
                 numbers = [int(item) for item in items]
+                assert max(numbers) <= 99
                 assert sorted(numbers) in (numbers, numbers[::-1])
 
 
@@ -83,6 +90,7 @@ def test_tool_calls_fit_a_tool_on_offer(modules: Any) -> None:
     d = modules["tasks"].draw(5, held_out=True)
     for _ in range(500):
         question, tools, call = modules["tools"].tool_call(d)
+        assert len(tools) in (1, 2) and len(call["arguments"]) in (1, 2)
         (tool,) = [t["function"] for t in tools if t["function"]["name"] == call["name"]]
         properties = tool["parameters"]["properties"]
         for key, value in call["arguments"].items():
@@ -104,6 +112,17 @@ def test_the_split_leaves_no_item_on_both_sides(modules: Any) -> None:
     for _ in range(500):
         assert d.words.city() not in trained["city"]
         assert d.words.word() not in trained["common"]
+
+
+@pytest.mark.parametrize("kind", ["natural", "made up"])
+def test_a_held_out_tool_is_never_offered_in_training(modules: Any, kind: str) -> None:
+    names: list[set[str]] = []
+    for held_out in (False, True):
+        d = modules["tasks"].draw(8, held_out)
+        drawn = [modules["tools"].tool_call(d, kind)[1] for _ in range(1000)]
+        names.append({tool["function"]["name"] for tools in drawn for tool in tools})
+    assert names[0].isdisjoint(names[1])
+    assert len(names[1]) >= 10
 
 
 def test_a_seed_gives_one_conversation(modules: Any) -> None:
