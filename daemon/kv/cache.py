@@ -102,27 +102,41 @@ class KvCache:
     def match(self, namespace: Namespace, key: bytes | bytearray, num_blocks: int) -> Match:
         """The longest known beginning, at most `num_blocks` blocks of it. Changes nothing."""
         node = self.tree.find(namespace, key, num_blocks)
-        if node is not None and self.pool.num_trimmed:
-            node = self._continuable(node)
         if node is None:
             return Match(None, 0, 0, 0)
-        owners = self.pool.num_owners
-        deepest, on_device = node, node.climb(lambda node: node.block != NONE)
+        owners, num_spurned = self.pool.num_owners, 0
+        on_device = node.climb(lambda node: node.block != NONE)
+        if node is not on_device and not self.cost.fetch_is_cheaper():
+            num_spurned, node = node.depth - on_device.depth, on_device
+        node = self._continuable(node)
+        if node.depth < on_device.depth:
+            on_device = node
         num_used = on_device.climb(lambda node: owners(node.block) > 0).depth
-        num_device, num_host = on_device.depth, deepest.depth - on_device.depth
-        if num_host and not self.cost.fetch_is_cheaper():
-            return Match(on_device, num_device, 0, num_used, num_host)
-        return Match(deepest, num_device, num_host, num_used)
+        num_host = node.depth - on_device.depth
+        return Match(node, on_device.depth, num_host, num_used, num_spurned)
 
-    def _continuable(self, node: Node) -> Node | None:
-        """The deepest node from here up whose last window is whole; None: not even one."""
+    def _continuable(self, node: Node) -> Node:
+        """The deepest node from here up whose last window is whole; the root if there is none."""
+        if not self.pool.num_trimmed:
+            return node
         found, num_whole, above = node, 0, node
         while above.parent is not None and num_whole < self.window.num_blocks:
             whole = above.block == NONE or not self.pool.is_trimmed(above.block)
             num_whole = num_whole + 1 if whole else 0
             found = found if whole else above.parent
             above = above.parent
-        return None if found.parent is None else found
+        return found
+
+    def retreat(self, node: Node, blocks: list[int]) -> Node:
+        """Who owns `blocks`, which end with `node`'s, can go on behind the node that this gives;
+        what lies below it is given back, and taken from `blocks`."""
+        target = self._continuable(node)
+        while node is not target:
+            assert node.parent is not None
+            blocks.pop()
+            self.give_back(node)
+            node = node.parent
+        return target
 
     def start(self, namespace: Namespace, match: Match) -> tuple[Root, Node, list[int]]:
         """A sequence begins with what was matched: (root, deepest node, its blocks, owned).
@@ -139,7 +153,7 @@ class KvCache:
         if spilled:
             fetched = self._fetch(spilled)
             blocks += [node.block for node in fetched]
-            last = fetched[-1] if fetched else last
+            last = self.retreat(fetched[-1] if fetched else last, blocks)
             self.num_fetches += 1
         self.num_recomputes += match.num_spurned > 0
         return root, last, blocks
@@ -181,17 +195,15 @@ class KvCache:
         child = parent.child(key)
         if child is None:
             child = self.tree.add(parent, key)
-        elif child.block != NONE and self.pool.is_trimmed(child.block):
+        elif child.block != NONE:
+            if not self.pool.is_trimmed(child.block):
+                self.pool.retain((child.block,))
+                self.pool.release((block,))
+                return child
             if self.pool.num_owners(child.block):
                 return None
             self.pool.unhold(child.block)
-            child.block, child.step = block, self.step
-            self.pool.hold(block)
-            return child
-        elif child.block != NONE:
-            self.pool.retain((child.block,))
-            self.pool.release((block,))
-            return child
+            parent.num_device_children -= 1
         if self.disk is not None:
             self._note_unsaved(child)
         child.block, child.step = block, self.step

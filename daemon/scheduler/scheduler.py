@@ -283,7 +283,8 @@ class Scheduler:
             item = next(sampled) if chunk.sample else None
             if seq.phase is not Phase.RUNNING or seq.stay != stay:
                 continue
-            seq.num_computed_tokens = chunk.stop
+            seq.num_chunks -= 1
+            seq.num_computed_tokens = chunk.stop if seq.num_chunks else seq.num_scheduled_tokens
             if item is not None:
                 seq.num_pending -= 1
                 updates.append(self._take_token(seq, item, now))
@@ -431,6 +432,7 @@ class Scheduler:
         if not self._tables.extend(seq, stop):
             return None
         self._shares.charge(seq.request.caller, stop - start)
+        seq.num_chunks += 1
         if stop == expected:
             seq.num_pending += 1
         new, seq.num_told_blocks = seq.blocks[seq.num_told_blocks :], len(seq.blocks)

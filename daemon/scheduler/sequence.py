@@ -26,8 +26,9 @@ class Sequence:
 
     Its numbers cut the positions into half-open ranges:
 
-        [0, num_computed)               their keys and values are in `blocks`
-        [num_computed, num_scheduled)   the steps in flight compute them
+        [0, num_computed)               `blocks` have them; what was taken over from others may
+                                        still be on its way, by a step in flight
+        [num_computed, num_scheduled)   its own chunks in flight, and what was taken over meanwhile
         [num_scheduled, num_expected)   still to be planned
 
     where num_computed <= num_scheduled <= num_expected = num_tokens + num_pending: the last
@@ -49,6 +50,7 @@ class Sequence:
         "num_scheduled_tokens",
         "blocks",
         "num_told_blocks",
+        "num_chunks",
         "num_trimmed",
         "namespace",
         "root",
@@ -85,6 +87,8 @@ class Sequence:
         """The block of position p is blocks[p // BLOCK_TOKENS]."""
         self.num_told_blocks = 0
         """Those that the worker has in its table."""
+        self.num_chunks = 0
+        """Its chunks in flight."""
         self.num_trimmed = 0
         """Those of which only layers without a window still hold something."""
         self.namespace: Namespace | None = None

@@ -60,11 +60,14 @@ class BlockTables:
             copy = self.kv.copy_on_write(node)
             seq.blocks.pop()
             self.kv.give_back(node)
-            seq.num_scheduled_tokens -= BLOCK_TOKENS
-            seq.node = node.parent
+            assert node.parent is not None
             if copy is not None:
+                seq.node = node.parent
                 seq.blocks.append(copy)
                 seq.num_scheduled_tokens = len(seq.tokens) - 1
+            else:
+                seq.node = self.kv.retreat(node.parent, seq.blocks)
+                seq.num_scheduled_tokens = len(seq.blocks) * BLOCK_TOKENS
         seq.num_computed_tokens = seq.num_scheduled_tokens
         if self.kv.pool.num_trimmed:
             seq.num_trimmed = sum(map(self.kv.pool.is_trimmed, seq.blocks))
@@ -86,6 +89,9 @@ class BlockTables:
             seq.node = node
             seq.num_scheduled_tokens += BLOCK_TOKENS
             self._count_cached(seq, BLOCK_TOKENS)
+        if not seq.num_chunks:
+            # Also if it gets no block to go on in this plan: then these can be trimmed for it.
+            seq.num_computed_tokens = seq.num_scheduled_tokens
 
     def num_missing(self, seq: Sequence) -> int:
         """Blocks' worth of bytes that it needs for its expected tokens beside what it has."""
@@ -102,7 +108,7 @@ class BlockTables:
 
     def trim(self, running: list[Sequence], num_blocks: int) -> None:
         """Try to make so many available by what running sequences hold outside of their windows."""
-        if not self.kv.window.share:
+        if not self.kv.window.share or self.kv.num_available >= num_blocks:
             return
         for seq in running:
             outside = self.kv.window.num_outside(seq.num_computed_tokens)
@@ -169,7 +175,7 @@ class BlockTables:
         seq.blocks = []
         seq.root = seq.node = None
         seq.num_computed_tokens = seq.num_scheduled_tokens = 0
-        seq.num_pending = seq.num_told_blocks = seq.num_trimmed = 0
+        seq.num_pending = seq.num_chunks = seq.num_told_blocks = seq.num_trimmed = 0
         seq.stay += 1
 
     def leave(self, seq: Sequence) -> None:

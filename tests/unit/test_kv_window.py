@@ -116,3 +116,58 @@ def test_a_trimmed_block_does_not_go_to_the_host() -> None:
     loop.check_outputs()  # and the worker asserts that no copy is made of a trimmed block
     spilled = sum(copy.kind == "spill" for plan in loop.plans for copy in plan.copies)
     assert 0 < spilled < 47
+
+
+def test_who_takes_over_and_gets_no_block_gets_on_later() -> None:
+    """In the first step the second prompt takes over seven blocks and finds none to go on."""
+    loop = loop_of(9, Window(16, 1.0))
+    loop.add(1, 1)
+    first = loop.add(0, 2, prompt=[*PROMPT[:123], 3, 3, 3])
+    second = loop.add(0, 1, prompt=[*PROMPT[:112], 1])
+    loop.step()
+    assert (second.num_chunks, second.num_computed_tokens) == (0, 112)
+    loop.run()
+    loop.check_outputs()
+    assert loop.reasons() == {0: "length", first.id: "length", second.id: "length"}
+
+
+def test_a_fetch_that_finds_no_block_goes_back_to_a_whole_window() -> None:
+    """Preempted with a trimmed block, of which what lies behind it had gone to the host."""
+    window = Window(20, 0.5)
+    tables = make_tables(10, window=window, capacity=100, num_places=3)
+    loop = StepLoop(tables=tables, settings=SchedulerSettings(token_budget=16), overlap=True)
+    loop.add(0, 16, prompt=[*PROMPT[:96], 2, 2])
+    second = loop.add(0, 11, prompt=[*PROMPT[:130], 3, 3, 3])
+    loop.run()
+    loop.check_outputs()
+    assert second.num_preemptions == 1
+
+
+def test_what_is_not_worth_fetching_is_no_part_of_a_window() -> None:
+    tables = make_tables(16, window=Window(32, 0.5), capacity=100, num_places=16)
+    kv = tables.kv
+    loop = StepLoop(tables=tables, settings=SchedulerSettings(token_budget=16))
+    seq = loop.add(0, 16, prompt=PROMPT[:320])
+    loop.run()
+    assert seq.namespace is not None
+    loop.add(0, 1, prompt=[9] * 40)  # drives some of the end out, to the host
+    loop.run()
+    fetched = kv.match(seq.namespace, seq.key, 20)
+    assert fetched.num_host > 0
+    kv.cost.computed(100, 1e-6)
+    kv.cost.copied(1, 1.0)
+    spurned = kv.match(seq.namespace, seq.key, 20)
+    assert spurned.num_spurned == fetched.num_host and spurned.num_host == 0
+    assert spurned.node is not None
+    last = spurned.node.path()[-2:]
+    assert not any(kv.pool.is_trimmed(node.block) for node in last)
+
+
+def test_a_block_that_is_trimmed_too_early_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of all these: one block more, and the worker says that it is missed."""
+    num_outside = Window.num_outside
+    monkeypatch.setattr(Window, "num_outside", lambda self, n: num_outside(self, n) + 1)
+    loop = loop_of(5, Window(40, 1.0), token_budget=64)
+    loop.add(700, 60)
+    with pytest.raises(AssertionError, match="inside of the window"):
+        loop.run()
