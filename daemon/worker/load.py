@@ -159,4 +159,5 @@ def _pool_notes(pools: KvPools, max_context: int) -> tuple[str, ...]:
     tokens = pools.num_blocks * BLOCK_TOKENS
     if tokens >= max_context:
         return ()
-    return (f"the KV pool holds {tokens} tokens, less than the context of {max_context}",)
+    more = ", but for what lies outside of sliding windows" if pools.window_share else ""
+    return (f"the KV pool holds {tokens} tokens{more}, less than the context of {max_context}",)

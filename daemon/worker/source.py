@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantd.daemon.worker.machine import MAP_NORESERVE
 from quantd.plugins.api import Refused
 
 _DTYPES = {
@@ -38,8 +39,6 @@ _MAX_HEADER = 100_000_000
 """As the reference implementation."""
 _SHOWN = 4
 """Files in a message; the rest is counted."""
-_MAP_NORESERVE = 0x4000 if hasattr(mmap, "MAP_POPULATE") else 0
-"""Linux: the private mapping is never written, so it need not count as committed memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ class _Shard:
             self.map = mmap.mmap(
                 file.fileno(),
                 self.size,
-                flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
+                flags=mmap.MAP_PRIVATE | MAP_NORESERVE,
                 prot=mmap.PROT_READ | mmap.PROT_WRITE,
             )
 
