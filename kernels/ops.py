@@ -21,6 +21,7 @@ from quantd.kernels.cpu.grouped import (
 from quantd.kernels.cpu.library import Library, open_library
 from quantd.kernels.cpu.linear import (
     LinearWeight,
+    held_dtype,
     linear,
     native,
     onednn_problem,
@@ -42,6 +43,7 @@ __all__ = [
     "add_rms_norm",
     "dequantize_grouped",
     "grouped_linear",
+    "held_dtype",
     "grouped_route",
     "identity",
     "join_grouped",

@@ -12,7 +12,7 @@ from quantd.kernels import ops
 from quantd.plugins.api import LinearSpec, Refused, TensorSource
 from quantd.plugins.grouped import Part
 
-FLOATS = frozenset({"BF16", "F16", "F32"})
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 INTEGERS = frozenset({"I32"})
 SHORTS = frozenset({"I16"})
 _CHUNK_VALUES = 1 << 20
@@ -75,11 +75,20 @@ def take(name: str, source: TensorSource) -> Tensor:
     return copy
 
 
+def plain_row(
+    spec: LinearSpec, part: str, source: TensorSource, device: torch.device
+) -> tuple[str, int]:
+    """A part that `plain_part` would load: how it is held, and the bytes of one of its rows."""
+    held = ops.held_dtype(FLOATS[source.dtype(f"{part}.weight")], spec.dtype, device)
+    return f"plain {held}".replace("torch.", ""), spec.in_features * held.itemsize
+
+
 def plain_part(spec: LinearSpec, part: str, source: TensorSource, device: torch.device) -> Part:
     name = f"{part}.weight"
     check_type(name, source, FLOATS)
+    held = ops.held_dtype(FLOATS[source.dtype(name)], spec.dtype, device)
     # A copy in any case: a route of pack_linear may keep the tensor that it is given.
-    packed = ops.pack_linear(source.read(name).to(device, spec.dtype, copy=True))
+    packed = ops.pack_linear(source.read(name).to(device, held, copy=True), spec.dtype)
     source.release(name)
     return packed
 

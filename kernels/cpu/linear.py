@@ -6,7 +6,9 @@
 | native | float32, float16          | csrc/matmul.h, accumulates in fp32 in one fixed order     |
 | torch  | whatever is left          | F.linear on the plain weight                              |
 
-Without the native library float32 goes through oneDNN too; without oneDNN bfloat16 is native.
+Without the native library float32 goes through oneDNN too; without oneDNN bfloat16 is native. The
+native route holds the weights that float32 activations multiply in the dtype they come in: widened
+while they are multiplied, they give the same bits, and half as many bytes are read.
 """
 
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ class LinearWeight:
     shape: tuple[int, int]
     """(out_features, in_features)"""
     dtype: torch.dtype
+    """Of activations, bias and result. The weight may be held in a narrower one."""
     route: str
     """onednn, native or torch."""
     nbytes: int
@@ -60,22 +63,31 @@ def onednn_problem(dtype: torch.dtype) -> str | None:
     return None
 
 
-def pack_linear(weight: torch.Tensor) -> LinearWeight:
-    """weight [N, K] in the form of its dtype's route. Not mutated; the caller may free it
-    afterwards, so while a model loads one layer at most is held twice."""
+def pack_linear(weight: torch.Tensor, dtype: torch.dtype | None = None) -> LinearWeight:
+    """weight [N, K] in the form of the route of `dtype`, that of the activations; the weight's own
+    if None. Not mutated; the caller may free it afterwards, so while a model loads one layer at
+    most is held twice."""
     n, k = weight.shape
-    route = _route(weight)
-    data = weight
+    dtype = dtype or weight.dtype
+    route = _route(weight.device, dtype)
+    data = weight = weight.to(held_dtype(weight.dtype, dtype, weight.device))
     if route == "onednn":
         data = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
     elif route == "native":
         data = pack_panels(weight.contiguous())
     nbytes = data.nbytes if route == "native" else n * k * weight.element_size()
-    return LinearWeight(data, (n, k), weight.dtype, route, nbytes)
+    return LinearWeight(data, (n, k), dtype, route, nbytes)
+
+
+def held_dtype(weight: torch.dtype, activations: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which pack_linear holds a weight that comes in the dtype `weight`."""
+    narrower = activations == torch.float32 and weight in DTYPES
+    return weight if narrower and _route(device, activations) == "native" else activations
 
 
 def unpack_linear(w: LinearWeight) -> torch.Tensor:
-    """The weight [N, K] as it was packed, exactly. May be the weight's own memory: read only."""
+    """The weight [N, K] as it was packed, exactly, in the dtype in which it is held. May be the
+    weight's own memory: read only."""
     if w.route == "onednn":
         return w.data.to_dense()
     return unpack_panels(w.data, w.shape[0]) if w.route == "native" else w.data
@@ -105,13 +117,13 @@ def _onednn_linear(
     return out
 
 
-def _route(weight: torch.Tensor) -> str:
-    if weight.device.type != "cpu" or weight.dtype not in DTYPES:
+def _route(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type != "cpu" or dtype not in DTYPES:
         return "torch"
-    if weight.dtype == torch.bfloat16 and onednn_problem(weight.dtype) is None:
+    if dtype == torch.bfloat16 and onednn_problem(dtype) is None:
         return "onednn"
     if native() is not None:
         return "native"
-    if weight.dtype == torch.float32 and onednn_problem(weight.dtype) is None:
+    if dtype == torch.float32 and onednn_problem(dtype) is None:
         return "onednn"
     return "torch"

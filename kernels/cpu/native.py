@@ -27,7 +27,7 @@ _SIGNATURES = {
         *(_long, _pointer, _pointer, _pointer, _long),
         *(_float, _long, _float, _pointer, _pointer),
     ),
-    "linear": (_long, _long, _long, _pointer, _long, *(_pointer,) * 3),
+    "linear": (_int, _long, _long, _long, _pointer, _long, *(_pointer,) * 3),
 }
 
 
@@ -199,9 +199,10 @@ class Native:
     def linear(
         self, x: torch.Tensor, panels: torch.Tensor, n: int, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """x [T, K] times the weight packed by pack_panels, plus bias [n] -> [T, n]."""
+        """x [T, K] times the weight packed by pack_panels, plus bias [n] -> [T, n] of x's dtype.
+        The weight may be held in any of DTYPES: it is widened while it is multiplied."""
         rows, k = x.shape
-        if panels.shape[1] != k or panels.dtype != x.dtype:
+        if panels.shape[1] != k or x.dtype not in DTYPES or panels.dtype not in DTYPES:
             shape = (n, panels.shape[1])
             raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, weight {panels.dtype} {shape}")
         if x.stride(1) != 1:
@@ -214,6 +215,7 @@ class Native:
         problem = self._linear(
             torch.get_num_threads(),
             DTYPES[x.dtype],
+            DTYPES[panels.dtype],
             rows,
             k,
             n,

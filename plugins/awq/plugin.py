@@ -70,8 +70,9 @@ class AwqQuantizer:
         texts, nbytes = [], 0
         for part, rows in zip(spec.parts, spec.part_rows, strict=True):
             if not parts.is_packed(part, source):
-                texts.append(f"plain {spec.dtype}".replace("torch.", ""))
-                nbytes += rows * spec.in_features * spec.dtype.itemsize
+                text, size = parts.plain_row(spec, part, source, device)
+                texts.append(text)
+                nbytes += rows * size
                 continue
             settings = _settings(part, rows, spec.in_features, source)
             kind = "asymmetric" if settings.zeros else "symmetric"

@@ -52,8 +52,9 @@ class CompressedTensorsQuantizer:
         texts, nbytes = [], 0
         for part, rows in zip(spec.parts, spec.part_rows, strict=True):
             if _is_plain(source, part):
-                texts.append("plain")
-                nbytes += rows * spec.in_features * spec.dtype.itemsize
+                text, size = parts.plain_row(spec, part, source, device)
+                texts.append(text)
+                nbytes += rows * size
                 continue
             scheme = scheme_of(source.config, part)
             groups = -(-spec.in_features // _group(scheme, spec.in_features))
@@ -144,10 +145,7 @@ def _load_part(
     spec: LinearSpec, source: TensorSource, part: str, rows: int, device: torch.device
 ) -> Part:
     if _is_plain(source, part):
-        # A copy in any case: a route of pack_linear may keep the tensor that it is given.
-        stored = source.read(f"{part}.weight").to(device, spec.dtype, copy=True)
-        source.release(f"{part}.weight")
-        return ops.pack_linear(stored)
+        return parts.plain_part(spec, part, source, device)
     scheme, columns = scheme_of(source.config, part), spec.in_features
     names = list(_shapes(scheme, source, part, rows, columns))
     if _is_packed(source, part):

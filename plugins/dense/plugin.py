@@ -10,7 +10,7 @@ from torch import Tensor
 from quantd.kernels import ops
 from quantd.plugins.api import Description, LinearSpec, QuantLinear, TensorSource
 
-_STORED = frozenset({"BF16", "F16", "F32"})
+_STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 class DenseLinear:
@@ -34,7 +34,8 @@ class DenseLinear:
 
 
 class DenseQuantizer:
-    """The unquantized format; converts to the spec's dtype while it loads."""
+    """The unquantized format. Weights are held in the spec's dtype, or in the narrower one that the
+    checkpoint has where `pack_linear` can multiply by it exactly."""
 
     name = "dense"
     api_version = 1
@@ -59,34 +60,41 @@ class DenseQuantizer:
 
     def describe(self, spec: LinearSpec, source: TensorSource, device: torch.device) -> Description:
         stored = sorted({source.dtype(f"{part}.weight") for part in spec.parts})
-        name = str(spec.dtype).removeprefix("torch.")
-        nbytes = (spec.in_features + spec.bias) * spec.out_features * spec.dtype.itemsize
+        held = ops.held_dtype(_read_dtype(spec, source), spec.dtype, device)
+        row = spec.in_features * held.itemsize + spec.bias * spec.dtype.itemsize
+        text = f"{'/'.join(stored)} held as {held}".replace("torch.", "")
         # The route goes by dtype and device, and packing is what decides.
         route = ops.pack_linear(torch.zeros(1, 1, dtype=spec.dtype, device=device)).route
-        return Description(f"{'/'.join(stored)} held as {name}", nbytes, route)
+        return Description(text, row * spec.out_features, route)
 
     def dequantize_rows(self, name: str, source: TensorSource, rows: Tensor) -> Tensor:
         return source.read(name)[rows].float()
 
     def load(self, spec: LinearSpec, source: TensorSource, device: torch.device) -> QuantLinear:
-        stored = source.read(f"{spec.parts[0]}.weight")
+        stored, dtype = source.read(f"{spec.parts[0]}.weight"), _read_dtype(spec, source)
         if len(spec.parts) == 1:
-            weight = stored.to(device, spec.dtype)
+            weight = stored.to(device, dtype)
         else:
-            weight = torch.empty(
-                spec.out_features, spec.in_features, dtype=spec.dtype, device=device
-            )
+            weight = torch.empty(spec.out_features, spec.in_features, dtype=dtype, device=device)
             _concatenate(spec, source, "weight", weight)
-        packed = ops.pack_linear(weight)
-        if packed.route == "torch" and weight is stored:
-            # This route keeps the tensor that it is given, which here is the mapped file.
-            packed = ops.pack_linear(weight.clone())
+        packed = ops.pack_linear(weight, spec.dtype)
+        if packed.data is stored:
+            # A route that keeps the tensor that it is given, which here is the mapped file.
+            packed = ops.pack_linear(weight.clone(), spec.dtype)
         source.release(f"{spec.parts[0]}.weight")
         bias = None
         if spec.bias:
             bias = torch.empty(spec.out_features, dtype=spec.dtype, device=device)
             _concatenate(spec, source, "bias", bias)
         return DenseLinear(packed, bias)
+
+
+def _read_dtype(spec: LinearSpec, source: TensorSource) -> torch.dtype:
+    """In which the parts are read: their own where all have one and it is narrower than what the
+    spec wants, else the spec's."""
+    stored = {_STORED[source.dtype(f"{part}.weight")] for part in spec.parts}
+    own = stored.pop()
+    return own if not stored and own.itemsize < spec.dtype.itemsize else spec.dtype
 
 
 def _concatenate(spec: LinearSpec, source: TensorSource, leaf: str, out: Tensor) -> None:

@@ -50,7 +50,7 @@ class GgufQuantizer:
                 codes = unpack(kind, torch.zeros(1, BLOCKS[kind][1], dtype=torch.uint8))
                 text, size = _text(kind, codes), _row_bytes(codes, spec)
             else:
-                text, size = f"plain {kind}", spec.in_features * spec.dtype.itemsize
+                text, size = parts.plain_row(spec, part, source, device)
             texts.append(text)
             nbytes += rows * size
         return Description("; ".join(dict.fromkeys(texts)), nbytes, ops.grouped_route())

@@ -96,8 +96,9 @@ class GptqQuantizer:
         texts, nbytes = [], 0
         for part, rows in zip(spec.parts, spec.part_rows, strict=True):
             if not parts.is_packed(part, source):
-                texts.append(f"plain {spec.dtype}".replace("torch.", ""))
-                nbytes += rows * spec.in_features * spec.dtype.itemsize
+                text, size = parts.plain_row(spec, part, source, device)
+                texts.append(text)
+                nbytes += rows * size
                 continue
             settings = read_settings(part, spec.in_features, rows, source)
             texts.append(_text(settings, spec.in_features))

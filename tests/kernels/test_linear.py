@@ -59,6 +59,37 @@ def test_chosen_route(dtype: torch.dtype, shape: tuple[int, int], assert_close: 
     assert ops.linear(x[:0], w, bias).shape == (0, shape[0])
 
 
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.float16], ids=str)
+def test_a_narrower_weight_gives_the_same_bits(lib: Native, held: torch.dtype) -> None:
+    for shape in SHAPES:
+        for rows in ROWS:
+            x, weight, bias = _make(*shape, rows, torch.float32)
+            narrow = weight.to(held)
+            want = lib.linear(x, pack_panels(narrow.float()), shape[0], bias)
+            assert torch.equal(lib.linear(x, pack_panels(narrow), shape[0], bias), want)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_activations_leave_a_narrower_weight_narrow(
+    best: Native, stored: torch.dtype
+) -> None:
+    x, weight, bias = _make(100, 600, 5, torch.float32)
+    weight = weight.to(stored)
+    w = ops.pack_linear(weight, torch.float32)
+    assert (w.dtype, w.route) == (torch.float32, "native")
+    assert ops.unpack_linear(w).dtype == stored == ops.held_dtype(stored, w.dtype, x.device)
+    assert w.nbytes < 100 * 600 * 3
+    whole = ops.pack_linear(weight.float())
+    assert torch.equal(ops.linear(x, w, bias), ops.linear(x, whole, bias))
+
+
+def test_a_wider_weight_is_rounded() -> None:
+    weight = torch.randn(32, 32)
+    w = ops.pack_linear(weight, torch.bfloat16)
+    assert w.dtype == torch.bfloat16 == ops.held_dtype(weight.dtype, w.dtype, weight.device)
+    assert torch.equal(ops.unpack_linear(w), weight.bfloat16())
+
+
 def test_bfloat16_goes_to_onednn_when_it_works() -> None:
     w = ops.pack_linear(torch.randn(32, 32).bfloat16())
     assert w.route == ("onednn" if onednn_problem(torch.bfloat16) is None else "native")

@@ -28,7 +28,7 @@ struct linear {
     float *tiles; /* x in fp32: tile i holds rows [i * ROW_TILE, ...) as [K][rows of the tile] */
     char *thread_scratch;
     int64_t rows, k, n, x_row, panels;
-    int dtype;
+    int dtype, held; /* of x, bias and out; of the weight */
 };
 
 struct linear_scratch {
@@ -105,16 +105,17 @@ INLINE void store_totals(const struct linear *a, const float *total, int64_t sta
         }
 }
 
+/* `held` is the weight's dtype. */
 INLINE void multiply_panel(const struct linear *a, int64_t task, struct linear_scratch *s,
-                           int dtype) {
+                           int held) {
     int64_t panel = task % a->panels, first_tile = task / a->panels * CHUNK_TILES;
     int64_t last_tile = min64(ceil_div(a->rows, ROW_TILE), first_tile + CHUNK_TILES);
     for (int64_t at = 0; at < a->k; at += DEPTH) {
         int64_t depth = min64(DEPTH, a->k - at);
-        const char *weight = a->weight + (panel * a->k + at) * PANEL * size_of(dtype);
+        const char *weight = a->weight + (panel * a->k + at) * PANEL * size_of(held);
         /* Widening beforehand pays when the block is read more than once. */
-        bool wide = dtype != F32 && a->rows > ROW_TILE / 2;
-        if (wide) widen(weight, s->weight, depth * PANEL, dtype);
+        bool wide = held != F32 && a->rows > ROW_TILE / 2;
+        if (wide) widen(weight, s->weight, depth * PANEL, held);
         for (int64_t tile = first_tile; tile < last_tile; tile++) {
             int64_t rows = rows_of_tile(a, tile);
             const float *x = a->tiles + tile * ROW_TILE * a->k + at * rows;
@@ -122,28 +123,30 @@ INLINE void multiply_panel(const struct linear *a, int64_t task, struct linear_s
             if (wide)
                 multiply_tile(rows, x, (const char *)s->weight, depth, total, at == 0, F32);
             else
-                multiply_tile(rows, x, weight, depth, total, at == 0, dtype);
+                multiply_tile(rows, x, weight, depth, total, at == 0, held);
         }
     }
     int64_t start = first_tile * ROW_TILE, stop = min64(a->rows, last_tile * ROW_TILE);
-    store_totals(a, s->total, start, stop, panel * PANEL, dtype);
+    if (a->dtype == F32) store_totals(a, s->total, start, stop, panel * PANEL, F32);
+    if (a->dtype == BF16) store_totals(a, s->total, start, stop, panel * PANEL, BF16);
+    if (a->dtype == F16) store_totals(a, s->total, start, stop, panel * PANEL, F16);
 }
 
 static void linear_task(void *context, int64_t task, int slot) {
     const struct linear *a = context;
     struct linear_scratch *s = (struct linear_scratch *)a->thread_scratch + slot;
-    if (a->dtype == F32) multiply_panel(a, task, s, F32);
-    if (a->dtype == BF16) multiply_panel(a, task, s, BF16);
-    if (a->dtype == F16) multiply_panel(a, task, s, F16);
+    if (a->held == F32) multiply_panel(a, task, s, F32);
+    if (a->held == BF16) multiply_panel(a, task, s, BF16);
+    if (a->held == F16) multiply_panel(a, task, s, F16);
 }
 
-/* out [rows, n] = x [rows, k] (rows x_row elements apart) . weight + bias, all of one dtype. The
- * weight is [ceil(n / PANEL)][k][PANEL]. 0, or 2: out of memory. */
-EXPORT int NAME(linear)(int num_threads, int dtype, int64_t rows, int64_t k, int64_t n,
+/* out [rows, n] = x [rows, k] (rows x_row elements apart) . weight + bias, all of one dtype but the
+ * weight, which is held in any and is [ceil(n / PANEL)][k][PANEL]. 0, or 2: out of memory. */
+EXPORT int NAME(linear)(int num_threads, int dtype, int held, int64_t rows, int64_t k, int64_t n,
                         const char *x, int64_t x_row, const char *weight, const char *bias,
                         char *out) {
     struct linear a = {.x = x, .weight = weight, .bias = bias, .out = out, .rows = rows, .k = k,
-                       .n = n, .x_row = x_row, .panels = ceil_div(n, PANEL), .dtype = dtype};
+                       .n = n, .x_row = x_row, .panels = ceil_div(n, PANEL), .dtype = dtype, .held = held};
     int64_t wide = ceil_div(rows * k * 4, 64) * 64;
     char *scratch = quantd_scratch((size_t)(wide + num_threads * (int64_t)sizeof(struct linear_scratch)));
     if (!scratch) return 2;
