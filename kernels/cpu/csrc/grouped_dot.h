@@ -68,8 +68,18 @@ struct g_run {
     bool wide, offset;
 };
 
+/* Measured; into the second cache, a core has more lines on the way than into the first. */
+INLINE void g_prefetch(const uint8_t *p) {
 #if defined(__AVX512VNNI__)
-enum { G_TILE = 8, G_DIRECT_ROWS = 8, G_SIGNED = 0 };
+    __builtin_prefetch(p + 4096, 0, 2);
+#else
+    __builtin_prefetch(p + 1536, 0, 3);
+#endif
+}
+
+/* G_DIRECT_ROWS: with more rows it is faster to unpack the values once, for all of them. */
+#if defined(__AVX512VNNI__)
+enum { G_TILE = 8, G_DIRECT_ROWS = 32, G_SIGNED = 0 };
 typedef __m512i g_bytes;
 #elif defined(__AVX2__)
 enum { G_TILE = 4, G_DIRECT_ROWS = 8, G_SIGNED = 1 };
@@ -322,7 +332,7 @@ INLINE void g_run_blocks(int store, int halves, int nr, const struct g_run *a) {
     int64_t unit = a->unit_of_group;
     for (int64_t b = 0; b < a->blocks; b++, block += block_bytes, x += G_COLUMNS, x_scale++) {
         if (store < G_RAW8)
-            for (int64_t at = 0; at < block_bytes; at += 64) __builtin_prefetch(block + 1536 + at, 0, 3);
+            for (int64_t at = 0; at < block_bytes; at += 64) g_prefetch(block + at);
         if (spread) g_fill_blocks(store, block, 1, table, values);
 #pragma GCC unroll 2
         for (int h = 0; h < halves; h++) {
