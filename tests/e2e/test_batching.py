@@ -43,8 +43,8 @@ def together(daemon: Daemon, requests: list[dict[str, Any]]) -> list[str]:
         return list(threads.map(lambda body: text(daemon, body), requests))
 
 
-def test_32_greedy_requests_at_once_equal_each_alone(demo: Daemon) -> None:
-    requests = bodies(32, temperature=0)
+def test_64_greedy_requests_at_once_equal_each_alone(demo: Daemon) -> None:
+    requests = [body | {"max_tokens": 16 + i} for i, body in enumerate(bodies(64, temperature=0))]
     alone = [text(demo, body) for body in requests]
     assert together(demo, requests) == alone
 
