@@ -17,6 +17,15 @@ BLOCK_TOKENS = 16
 FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
 
 
+class Grammar(msgspec.Struct, frozen=True, array_like=True):
+    """The texts that an output may be. Checked by `grammar.check` before it gets here."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    """json_schema: `source` is the schema as JSON; regex: the whole output matches it, in Rust's
+    syntax; lark: in llguidance's dialect, which can hold schemas and special tokens too."""
+    source: str
+
+
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
     """How to choose tokens. Validated by the server; the rest may trust the ranges stated here."""
 
@@ -52,6 +61,9 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
     """None: none; k: the chosen token's and the k most likely ones', of the raw distribution."""
     prompt_logprobs: int | None = None
     """The same for each prompt token but the first."""
+    grammar: Grammar | None = None
+    """Only tokens that it allows; stop tokens of the model only where it is satisfied. It ends the
+    sequence where nothing can follow, also before min_tokens and without any stop token."""
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -95,6 +107,8 @@ class TokenEvent(msgspec.Struct, frozen=True):
     """Why, when finish_reason is "error"."""
     num_cached_tokens: int = 0
     """Prompt tokens that were not computed because their blocks were there."""
+    complete: bool = False
+    """With "stop": the grammar is complete, so the last token is text and no stop token."""
 
 
 # --- between engine and worker -------------------------------------------------------------------
@@ -255,6 +269,8 @@ class Sampled(msgspec.Struct, frozen=True, array_like=True):
     logprob: TokenLogprob | None = None
     error: str | None = None
     """The sequence cannot go on (its logits were not finite); `token` means nothing then."""
+    complete: bool = False
+    """The sequence ends with `token`, which is text: its grammar lets nothing follow."""
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -145,6 +145,8 @@ class FakeWorker:
         self.rows: dict[int, _Row] = {}
         self.errors: dict[int, str] = {}
         """seq -> the error its next sampling reports."""
+        self.completes: dict[int, int] = {}
+        """seq -> the number of output tokens with which its grammar is complete."""
         self.num_computed_tokens = 0
         """Over all steps: recomputation after preemption counts again."""
         self._kv: dict[int, int] = {}
@@ -273,7 +275,8 @@ class FakeWorker:
                 token = (token + 1) % VOCAB_SIZE
         row.tokens.append(token)
         logprob = TokenLogprob(token, -1.0) if row.sampling.logprobs is not None else None
-        return Sampled(seq=chunk.seq, token=token, logprob=logprob)
+        complete = self.completes.get(chunk.seq) == len(row.tokens) - row.num_prompt_tokens
+        return Sampled(seq=chunk.seq, token=token, logprob=logprob, complete=complete)
 
     def _prompt_logprobs(self, chunk: Chunk) -> PromptLogprobs | None:
         """The logits of positions [start, stop) speak of the tokens at [start + 1, stop + 1)."""

@@ -76,6 +76,8 @@ class Answer:
     events: Sequence[Sequence[int] | bytes]
     finish: FinishReason = "stop"
     error: str | None = None
+    complete: bool = False
+    """With "stop": the last token is text."""
 
 
 def spoken(text: str, finish: FinishReason = "length") -> Answer:
@@ -130,7 +132,7 @@ class FakeEngine:
                 return
             push(request, stream, event)
             if number == len(answer.events):  # the last tokens and the reason are one event
-                stream.finish(answer.finish, answer.error)
+                stream.finish(answer.finish, answer.error, answer.complete)
             await asyncio.sleep(0)
 
 

@@ -282,7 +282,7 @@ class Engine:
             if update.tokens:
                 self._measure_tokens(active, step.at)
             if update.finish_reason is not None:
-                active.stream.finish(update.finish_reason, update.error)
+                active.stream.finish(update.finish_reason, update.error, update.complete)
                 self._forget(update.seq.id, update.finish_reason)
         self._num_steps += 1
         num_tokens = sum(chunk.stop - chunk.start for chunk in step.plan.chunks)

@@ -29,6 +29,7 @@ class TokenStream:
         "_prompt_logprobs",
         "_finish_reason",
         "_error",
+        "_complete",
         "_exhausted",
         "num_cached_tokens",
     )
@@ -42,6 +43,7 @@ class TokenStream:
         self._prompt_logprobs: Sequence[TokenLogprob | None] = ()
         self._finish_reason: FinishReason | None = None
         self._error: str | None = None
+        self._complete = False
         self._exhausted = False
         self.num_cached_tokens = 0
         """Goes out with every event; the engine sets it."""
@@ -65,11 +67,14 @@ class TokenStream:
             self._prompt_logprobs = prompt_logprobs
         self._arrived.set()
 
-    def finish(self, reason: FinishReason, error: str | None = None) -> None:
+    def finish(
+        self, reason: FinishReason, error: str | None = None, complete: bool = False
+    ) -> None:
         """Ends the stream with what waits for the reader. The engine only; once."""
         assert self._finish_reason is None
         self._finish_reason = reason
         self._error = error
+        self._complete = complete
         self._arrived.set()
 
     def abort(self) -> None:
@@ -106,6 +111,7 @@ class TokenStream:
             finish_reason=self._finish_reason,
             error=self._error,
             num_cached_tokens=self.num_cached_tokens,
+            complete=self._complete,
         )
         self._tokens.clear()
         self._logprobs.clear()

@@ -481,7 +481,7 @@ class Scheduler:
             seq.first_token_at = now
             prompt_logprobs = tuple(seq.prompt_logprobs)
         seq.append(item.token)
-        reason = finish_reason(seq, item.token, self._max_context)
+        reason = finish_reason(seq, item, self._max_context)
         if reason is not None:
             self._finish(seq, now)
             self._policy.finished(seq)
@@ -491,6 +491,7 @@ class Scheduler:
             logprobs=() if item.logprob is None else (item.logprob,),
             prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
+            complete=item.complete and item.token not in seq.stop_token_ids,
         )
 
     def _finish(self, seq: Sequence, now: float, *, spoilt: bool = False) -> None:

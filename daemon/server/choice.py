@@ -101,7 +101,8 @@ class Choice:
         return self._take_tokens(event)
 
     def _take_tokens(self, event: TokenEvent) -> Delta:
-        tokens, ended = event.tokens, event.finish_reason == "stop"
+        tokens = event.tokens
+        ended = event.finish_reason == "stop" and not event.complete  # by a stop token
         fed = self._output.feed(tokens, ends_with_stop_token=ended)
         delta = Delta(self.index, fed.text)
         self.num_tokens += fed.tokens_consumed
@@ -117,7 +118,7 @@ class Choice:
             self._stream.stop()
             delta.finish_reason, delta.stop_reason = "stop", stopped
         elif event.finish_reason is not None:
-            delta.finish_reason = "stop" if ended else "length"
+            delta.finish_reason = "stop" if event.finish_reason == "stop" else "length"
             if ended and tokens[-1] in self._own_stops:
                 delta.stop_reason = tokens[-1]
         self.finish_reason = delta.finish_reason

@@ -37,6 +37,15 @@ async def test_a_slow_reader_gets_one_event_with_everything() -> None:
     ]
 
 
+async def test_the_last_event_says_that_its_last_token_is_text() -> None:
+    tokens = stream()
+    tokens.push([1])
+    assert not (await anext(tokens)).complete
+    tokens.push([2])
+    tokens.finish("stop", complete=True)
+    assert await anext(tokens) == TokenEvent((2,), finish_reason="stop", complete=True)
+
+
 async def test_the_prompts_logprobs_come_once() -> None:
     tokens = stream()
     tokens.push([1], [], (None, TokenLogprob(2, -1.0)))

@@ -188,6 +188,32 @@ def test_min_tokens_holds_stop_tokens_back() -> None:
     loop.check_outputs()
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_complete_grammar_ends_it_with_a_token_that_is_text(overlap: bool) -> None:
+    """Also before min_tokens and as the last that max_tokens allows, and what a plan in flight
+    has computed beyond it is dropped."""
+    for num_tokens, max_tokens in ((2, 8), (3, 3)):
+        loop = StepLoop(settings=settings(overlap=overlap))
+        seq = loop.add(10, sampling=SamplingParams(max_tokens=max_tokens, min_tokens=max_tokens))
+        loop.worker.completes[seq.id] = num_tokens
+        loop.run()
+        last = loop.updates[-1]
+        assert (last.finish_reason, last.complete) == ("stop", True)
+        assert last.tokens == (seq.output_tokens[-1],)
+        assert seq.num_output_tokens == num_tokens
+        assert [update.complete for update in loop.updates[:-1]] == [False] * (num_tokens - 1)
+        assert loop.pool.num_used == 0
+
+
+def test_a_stop_token_is_hidden_also_where_the_grammar_is_complete() -> None:
+    tokens = first_tokens(2)
+    loop = StepLoop()
+    seq = loop.add(10, sampling=SamplingParams(max_tokens=5, stop_token_ids=(tokens[1],)))
+    loop.worker.completes[seq.id] = 2
+    loop.run()
+    assert (loop.updates[-1].finish_reason, loop.updates[-1].complete) == ("stop", False)
+
+
 def test_the_context_ends_it() -> None:
     loop = StepLoop(max_context=13)
     seq = loop.add(10, max_tokens=100)

@@ -403,6 +403,17 @@ async def test_own_stop_token_is_named_and_not_shown() -> None:
         assert reply["usage"]["completion_tokens"] == 3
 
 
+async def test_a_complete_grammar_ends_with_a_token_that_is_shown() -> None:
+    async with serving() as served:
+        served.engine.answer = lambda request: Answer([b"{", b"}"], "stop", complete=True)
+        _, reply = await served.post(CHAT, {**HELLO, "logprobs": True})
+        choice = reply["choices"][0]
+        assert choice["message"]["content"] == "{}"
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", None)
+        assert [entry["token"] for entry in choice["logprobs"]["content"]] == ["{", "}"]
+        assert reply["usage"]["completion_tokens"] == 2
+
+
 async def test_logprobs_of_characters_and_their_bytes() -> None:
     async with serving() as served:
         served.engine.answer = lambda request: spoken("aé", "stop")
