@@ -20,9 +20,10 @@ FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
 class Grammar(msgspec.Struct, frozen=True, array_like=True):
     """The texts that an output may be. Checked by `grammar.check` before it gets here."""
 
-    kind: Literal["json_schema", "regex", "lark"]
+    kind: Literal["json_schema", "regex", "lark", "gbnf"]
     """json_schema: `source` is the schema as JSON; regex: the whole output matches it, in Rust's
-    syntax; lark: in llguidance's dialect, which can hold schemas and special tokens too."""
+    syntax; lark: in llguidance's dialect, which can hold schemas and special tokens too; gbnf:
+    llama.cpp's."""
     source: str
 
 
@@ -256,6 +257,26 @@ class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
     disk: tuple[DiskOp, ...] = ()
 
 
+class TokenTable(msgspec.Struct, frozen=True, tag="tokens"):
+    """What grammars need to know of the tokenizer. Once, before the first `CompileGrammar`; not
+    answered."""
+
+    pieces: tuple[bytes, ...]
+    """The bytes of each token of the model's vocabulary; empty: it stands for nothing."""
+    special: tuple[int, ...]
+    """Those that are no text: grammars reach them by name only."""
+    eos: tuple[int, ...]
+    """The model's ends: allowed where the grammar is satisfied."""
+
+
+class CompileGrammar(msgspec.Struct, frozen=True, tag="grammar"):
+    """Make a grammar ready, beside the steps; answered by `GrammarCompiled` at any later time. A
+    sequence may use a grammar without it, but then its first step may wait for the compiler."""
+
+    id: int
+    grammar: Grammar
+
+
 class ReleaseMemory(msgspec.Struct, frozen=True, tag="release"):
     """Give the system the memory under these half-open ranges of block ids, whose bytes nobody
     needs; not answered. Written again they cost memory again."""
@@ -290,6 +311,20 @@ class StepResult(msgspec.Struct, frozen=True, tag="result"):
     """All of it, copies included."""
     copy_seconds: float = 0.0
     """Of `seconds`, spent in spills and fetches."""
+    num_masks: int = 0
+    """Tokens that were sampled under a grammar."""
+    mask_seconds: float = 0.0
+    """What their masks took, on a thread beside the model."""
+    mask_wait_seconds: float = 0.0
+    """Of `seconds`, waited for them."""
+
+
+class GrammarCompiled(msgspec.Struct, frozen=True, tag="compiled"):
+    """The answer to `CompileGrammar`."""
+
+    id: int
+    error: str | None = None
+    """Why it cannot be used."""
 
 
 class DiskDone(msgspec.Struct, frozen=True, tag="disk"):
@@ -310,5 +345,7 @@ class DiskIndex(msgspec.Struct, frozen=True, tag="disk_index"):
     """Of one file; all of a model's have one size."""
 
 
-ToWorker = LoadModel | StepPlan | ReleaseMemory
-FromWorker = LoadProgress | ModelInfo | WorkerFailed | StepResult | DiskDone | DiskIndex
+ToWorker = LoadModel | StepPlan | ReleaseMemory | TokenTable | CompileGrammar
+FromWorker = (
+    LoadProgress | ModelInfo | WorkerFailed | StepResult | DiskDone | DiskIndex | GrammarCompiled
+)

@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from quantd.daemon.config import ServerSettings
 from quantd.daemon.engine.stats import EngineStats, RequestState
 from quantd.daemon.engine.stream import Leaving, TokenStream
-from quantd.daemon.errors import ModelNotFound, QuantdError
+from quantd.daemon.errors import ModelNotFound, QuantdError, RequestError
 from quantd.daemon.fleet import ModelStatus
 from quantd.daemon.server.admin import AdminActions
 from quantd.daemon.server.app import create_app, create_runner
@@ -31,7 +31,7 @@ from quantd.daemon.server.sockets import bind_tcp
 from quantd.daemon.telemetry.metrics import Metrics
 from quantd.daemon.text import TextModel
 from quantd.daemon.text.checkpoint import TextFiles
-from quantd.daemon.types import FinishReason, ModelInfo, Request, TokenLogprob
+from quantd.daemon.types import FinishReason, Grammar, ModelInfo, Request, TokenLogprob
 
 BOS, EOS, END = 256, 257, 258
 VOCAB_SIZE = 260
@@ -190,6 +190,11 @@ class FakeLease:
     async def __aexit__(self, *error: object) -> None:
         self.fleet.num_leases -= 1
 
+    async def prepare(self, grammar: Grammar) -> None:
+        self.fleet.prepared.append(grammar)
+        if self.fleet.grammar_error is not None:
+            raise RequestError(self.fleet.grammar_error)
+
 
 def fake_info(max_context: int = 512) -> ModelInfo:
     return ModelInfo("Fake", 0, 0, VOCAB_SIZE, max_context, "float32", "cpu", 64, 64, 0.0)
@@ -209,6 +214,9 @@ class FakeFleet:
     open: asyncio.Event = field(default_factory=asyncio.Event)
     """Leases wait for it, as for a model that loads."""
     calls: list[str] = field(default_factory=list)
+    prepared: list[Grammar] = field(default_factory=list)
+    grammar_error: str | None = None
+    """Why the model cannot follow any."""
 
     def __post_init__(self) -> None:
         self.open.set()

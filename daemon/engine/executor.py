@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
 import sys
 from collections import deque
@@ -14,15 +15,19 @@ from quantd.daemon.engine.process import WorkerProcess
 from quantd.daemon.errors import ModelRefused, Unavailable
 from quantd.daemon.frames import FrameDecoder, FrameEncoder, FrameError
 from quantd.daemon.types import (
+    CompileGrammar,
     DiskDone,
     DiskIndex,
     FromWorker,
+    Grammar,
+    GrammarCompiled,
     LoadModel,
     LoadProgress,
     ModelInfo,
     ReleaseMemory,
     StepPlan,
     StepResult,
+    TokenTable,
     ToWorker,
     WorkerFailed,
 )
@@ -82,6 +87,8 @@ class WorkerExecutor:
         self._wire = wire
         self._name = name
         self._outstanding: deque[tuple[int, asyncio.Future[StepResult]]] = deque()
+        self._compiling: dict[int, asyncio.Future[str | None]] = {}
+        self._numbers = itertools.count(1)
         self._loaded: asyncio.Future[ModelInfo] = loop.create_future()
         self._failure: tuple[type[Unavailable], str] | None = None
         self._died: asyncio.Future[str] = loop.create_future()
@@ -144,6 +151,24 @@ class WorkerExecutor:
             for message in early:
                 listener(message)
 
+    def set_tokens(self, table: TokenTable) -> None:
+        """What grammars need to know of the tokenizer; once, before the first of them. No effect
+        when the worker is gone."""
+        if self._failure is None:
+            self._wire.send(table)
+
+    def compile(self, grammar: Grammar) -> asyncio.Future[str | None]:
+        """Has the worker make it ready beside its steps; the result is why it cannot be used, or
+        None. Raises `Unavailable`, at once or when awaited, when the worker is gone."""
+        if self._failure is not None:
+            kind, reason = self._failure
+            raise kind(reason)
+        number = next(self._numbers)
+        future: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        self._compiling[number] = future
+        self._wire.send(CompileGrammar(number, grammar))
+        return future
+
     def release_memory(self, blocks: Sequence[tuple[int, int]]) -> None:
         """See `Executor`. No effect when the worker is gone."""
         if self._failure is None and blocks:
@@ -175,6 +200,10 @@ class WorkerExecutor:
                 raise FrameError(f"the result of step {message.step} came for step {step}")
             if not future.done():
                 future.set_result(message)
+        elif isinstance(message, GrammarCompiled) and message.id in self._compiling:
+            compiled = self._compiling.pop(message.id)
+            if not compiled.done():
+                compiled.set_result(message.error)
         elif isinstance(message, DiskDone | DiskIndex) and self._loaded.done():
             if self._on_disk is None:
                 self._early.append(message)
@@ -202,9 +231,11 @@ class WorkerExecutor:
         if self._failure is not None:
             return
         self._failure = kind, reason
-        waiting: list[asyncio.Future[ModelInfo] | asyncio.Future[StepResult]] = [self._loaded]
+        waiting: list[asyncio.Future[Any]] = [self._loaded]
         waiting += [future for _, future in self._outstanding]
+        waiting += self._compiling.values()
         self._outstanding.clear()
+        self._compiling.clear()
         for future in waiting:
             if not future.done():
                 future.set_exception(kind(reason))

@@ -8,7 +8,7 @@ from types import TracebackType
 from quantd.daemon.engine.engine import Engine
 from quantd.daemon.fleet.resident import Resident
 from quantd.daemon.text import TextModel
-from quantd.daemon.types import ModelInfo
+from quantd.daemon.types import Grammar, ModelInfo
 
 
 class Lease:
@@ -37,6 +37,11 @@ class Lease:
     @property
     def text(self) -> TextModel:
         return self._resident.text
+
+    async def prepare(self, grammar: Grammar) -> None:
+        """To be awaited before a request with this grammar is submitted: nobody else's step waits
+        for its compiler then. Raises RequestError for one that this model cannot follow."""
+        await self._resident.prepare(grammar)
 
     def release(self) -> None:
         """Gives it back; idempotent."""

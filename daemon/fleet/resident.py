@@ -15,7 +15,8 @@ from quantd.daemon.config import ModelSettings, SchedulerSettings
 from quantd.daemon.engine.engine import Engine
 from quantd.daemon.engine.executor import Executor, OnProgress
 from quantd.daemon.engine.metrics import EngineMetrics
-from quantd.daemon.errors import QuantdError, Unavailable
+from quantd.daemon.errors import QuantdError, RequestError, Unavailable
+from quantd.daemon.grammar import SeenGrammars
 from quantd.daemon.kv.cache import KvCache
 from quantd.daemon.kv.disk import DiskIndex
 from quantd.daemon.kv.pool import BlockPool
@@ -23,7 +24,7 @@ from quantd.daemon.kv.window import Window
 from quantd.daemon.scheduler.scheduler import Scheduler
 from quantd.daemon.scheduler.tables import BlockTables
 from quantd.daemon.text import TextModel
-from quantd.daemon.types import LoadModel, ModelInfo
+from quantd.daemon.types import Grammar, LoadModel, ModelInfo, TokenTable
 
 _log = structlog.get_logger("quantd.fleet")
 
@@ -36,6 +37,10 @@ class LoadedExecutor(Executor, Protocol):
 
     @property
     def pid(self) -> int: ...
+
+    def set_tokens(self, table: TokenTable) -> None: ...
+
+    def compile(self, grammar: Grammar) -> asyncio.Future[str | None]: ...
 
 
 StartExecutor = Callable[[LoadModel, OnProgress], Awaitable[LoadedExecutor]]
@@ -56,6 +61,9 @@ class Resident:
         self.text = text
         self.run = asyncio.create_task(engine.run())
         """Ends with the engine; its result is why."""
+        self._tokens: asyncio.Task[None] | None = None
+        """Gives the worker what grammars need to know; begun with the first one."""
+        self._compiled = SeenGrammars()
 
     @property
     def info(self) -> ModelInfo:
@@ -64,6 +72,22 @@ class Resident:
     @property
     def pid(self) -> int:
         return self._executor.pid
+
+    async def prepare(self, grammar: Grammar) -> None:
+        """Returns when a sequence with this grammar may be submitted, and no step will wait for
+        its compiler. Raises RequestError for one that this model cannot follow."""
+        if self._tokens is None:
+            self._tokens = asyncio.create_task(self._send_tokens())
+        await asyncio.shield(self._tokens)
+        if grammar in self._compiled:
+            return
+        error = await self._executor.compile(grammar)
+        if error is not None:
+            raise RequestError(f"the grammar cannot be used: {error}")
+        self._compiled.add(grammar)
+
+    async def _send_tokens(self) -> None:
+        self._executor.set_tokens(await asyncio.to_thread(self.text.token_table))
 
     async def close(self) -> None:
         """Ends its requests with an error, and its worker. Idempotent."""

@@ -12,6 +12,7 @@ from quantd.daemon.server import chat, completions, middleware, models, system, 
 from quantd.daemon.server.admin import ACTIONS, AdminActions
 from quantd.daemon.server.auth import ApiKeys, HostRule
 from quantd.daemon.server.context import CONTEXT, Clock, Context
+from quantd.daemon.server.grammar import GrammarCheck
 
 if TYPE_CHECKING:
     from quantd.daemon.fleet import Fleet
@@ -38,7 +39,9 @@ def create_app(
         client_max_size=settings.body_limit_bytes, middlewares=[middleware.errors, guard]
     )
     clock = clock or Clock()
-    app[CONTEXT] = Context(settings, fleet, metrics, keys or ApiKeys(), clock, clock.monotonic())
+    app[CONTEXT] = Context(
+        settings, fleet, metrics, keys or ApiKeys(), clock, clock.monotonic(), GrammarCheck()
+    )
     app.on_response_prepare.append(middleware.add_headers)
     app.add_routes(_ROUTES)
     if admin is not None:

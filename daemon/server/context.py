@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from quantd.daemon.config import ServerSettings
+from quantd.daemon.server.grammar import GrammarCheck
 
 if TYPE_CHECKING:
     from quantd.daemon.fleet import Fleet
@@ -38,6 +39,7 @@ class Context:
     clock: Clock
     started: float
     """When the daemon came up, by `clock.monotonic`."""
+    check_grammar: GrammarCheck
 
 
 CONTEXT = web.AppKey("context", Context)

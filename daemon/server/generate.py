@@ -21,6 +21,7 @@ from quantd.daemon.errors import DeadlineExceeded, RequestError
 from quantd.daemon.scheduler.admission import usable_context
 from quantd.daemon.server.choice import Choice, Delta
 from quantd.daemon.server.context import CALLER, CONTEXT
+from quantd.daemon.server.grammar import FieldGrammar
 from quantd.daemon.server.sampling import Options, check_ids
 from quantd.daemon.text import OutputText
 from quantd.daemon.types import Request
@@ -143,8 +144,12 @@ async def generation(
     is aborted whatever the reason: a client that left, a stop string, an error."""
     context = request.app[CONTEXT]
     came = context.clock.monotonic()
+    if options.grammar is not None:
+        await context.check_grammar(options.grammar)
     deadline = None if options.timeout is None else came + options.timeout
     async with await _lease(context.fleet, model, options.timeout) as lease:
+        if options.grammar is not None:
+            await _prepare(lease, options.grammar)
         arrival = context.clock.monotonic()
         vocab_size = lease.info.vocab_size
         prompts = [_checked(p, options, vocab_size, api) for p in await encode(lease.text)]
@@ -191,6 +196,13 @@ async def _lease(fleet: Fleet, model: str | None, timeout: float | None) -> Leas
             f"the timeout of {timeout:g} s is over: the model was still being loaded",
             param="timeout",
         ) from None
+
+
+async def _prepare(lease: Lease, given: FieldGrammar) -> None:
+    try:
+        await lease.prepare(given.grammar)
+    except RequestError as error:
+        raise RequestError(f"{given.field}: {error.message}", param=given.field) from error
 
 
 def _submit(

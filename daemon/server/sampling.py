@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from quantd.daemon.errors import RequestError
+from quantd.daemon.server.grammar import FieldGrammar, read_grammar
 from quantd.daemon.server.schemas import GenerationBody, Json
 from quantd.daemon.types import SamplingParams
 
@@ -96,19 +97,13 @@ def refuse_unserved(body: object, fields: Iterable[str]) -> None:
 
 
 _ASKS_FOR_NOTHING: Mapping[str, tuple[Json, ...]] = {
-    "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "length_penalty": (1, 1.0),
 }
 _UNSERVED = (
-    "response_format",
-    "structured_outputs",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
+    "guided_whitespace_pattern",
     "prompt_logprobs",
     "logprob_token_ids",
     "use_beam_search",
@@ -124,7 +119,8 @@ class Options:
     """What a checked body asks for, all but its prompt."""
 
     base: SamplingParams
-    """Without what depends on the model: max_tokens, seed and token ids are still to be filled."""
+    """Without what depends on the model: max_tokens, seed, token ids and the grammar are still to
+    be filled."""
     max_tokens: int | None
     """None: to the context's end. 0: the prompt alone, echoed."""
     max_tokens_may_shrink: bool
@@ -148,6 +144,8 @@ class Options:
     stream: bool
     include_usage: bool
     service_tier: str | None
+    grammar: FieldGrammar | None
+    """What constrains the output, and the field that says so."""
 
     def for_model(self, text: TextModel, vocab_size: int) -> SamplingParams:
         """What all choices share. Raises RequestError for ids outside the vocabulary."""
@@ -158,6 +156,7 @@ class Options:
         return msgspec.structs.replace(
             self.base,
             stop_token_ids=tuple(dict.fromkeys((*ends, *self.stop_token_ids))),
+            grammar=None if self.grammar is None else self.grammar.grammar,
             bad_words=_bad_word_ids(text, self.bad_words),
         )
 
@@ -224,6 +223,7 @@ def read_options(
         stream=stream,
         include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
         service_tier="default" if isinstance(tier, str) else None,
+        grammar=read_grammar(body),
     )
 
 

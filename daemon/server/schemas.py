@@ -76,13 +76,16 @@ class GenerationBody(Body, kw_only=True):
     safety_identifier: Json = None
     service_tier: Json = None
 
-    # Refused by name until they are served, unless they ask for nothing
+    # What constrains the output; read in `grammar.py`
     response_format: Json = None
     structured_outputs: Json = None
     guided_json: Json = None
     guided_regex: Json = None
     guided_choice: Json = None
     guided_grammar: Json = None
+
+    # Refused by name until they are served, unless they ask for nothing
+    guided_whitespace_pattern: Json = None
     prompt_logprobs: Json = None
     logprob_token_ids: Json = None
     use_beam_search: Json = None

@@ -108,16 +108,16 @@ class Vocabulary:
         decoder = tokenizer.decoder
         self.rule = rule_of(None if decoder is None else json.loads(decoder.__getstate__()))
         added = tokenizer.get_added_tokens_decoder()
-        self._special = frozenset(i for i, token in added.items() if token.special)
+        self.special = frozenset(i for i, token in added.items() if token.special)
         self._cache: dict[int, bytes] = {}
         self.size = max([tokenizer.get_vocab_size(with_added_tokens=True) - 1, *added]) + 1
 
     def is_special(self, token: int) -> bool:
-        return token in self._special
+        return token in self.special
 
     def is_shown(self, token: int, *, skip_special_tokens: bool) -> bool:
         """Does the token take part in a text at all?"""
-        if token in self._special:
+        if token in self.special:
             return not skip_special_tokens
         return bool(self.piece(token))
 
@@ -129,6 +129,10 @@ class Vocabulary:
         if piece is None:
             piece = self._cache[token] = self._piece(token, first=False)
         return piece
+
+    def pieces(self) -> list[bytes]:
+        """The bytes of every token. Takes a moment, and does not fill the cache."""
+        return [self._piece(token, first=False) for token in range(self.size)]
 
     def _piece(self, token: int, *, first: bool) -> bytes:
         text = self.tokenizer.id_to_token(token)

@@ -24,14 +24,17 @@ from typing import Protocol
 
 from quantd.daemon.frames import FrameError, FrameSocket
 from quantd.daemon.types import (
+    CompileGrammar,
     DiskDone,
     DiskIndex,
+    GrammarCompiled,
     LoadModel,
     LoadProgress,
     ModelInfo,
     ReleaseMemory,
     StepPlan,
     StepResult,
+    TokenTable,
     ToWorker,
     WorkerFailed,
 )
@@ -59,6 +62,14 @@ class StepRunner(Protocol):
 
     def open_disk(self, send: Callable[[DiskDone | DiskIndex], None]) -> None:
         """Begins to serve the disk tier, if there is one; `send` is called from its thread."""
+        ...
+
+    def set_tokens(self, table: TokenTable) -> None: ...
+
+    def compile_grammar(
+        self, message: CompileGrammar, send: Callable[[GrammarCompiled], None]
+    ) -> None:
+        """Begins to make it ready; `send` is called from a thread of its own."""
         ...
 
 
@@ -96,6 +107,10 @@ def serve(wire: FrameSocket[ToWorker], make_runner: MakeRunner) -> int:
                 wire.send(runner.execute(message))
             elif isinstance(message, ReleaseMemory):
                 runner.release_memory(message.blocks)
+            elif isinstance(message, TokenTable):
+                runner.set_tokens(message)
+            elif isinstance(message, CompileGrammar):
+                runner.compile_grammar(message, wire.send)
             else:
                 raise FrameError(f"a {type(message).__name__} came out of turn")
         return 0

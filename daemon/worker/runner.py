@@ -16,8 +16,10 @@ from quantd.daemon.types import (
     BLOCK_TOKENS,
     BlockCopy,
     Chunk,
+    CompileGrammar,
     DiskDone,
     DiskIndex,
+    GrammarCompiled,
     LoadModel,
     ModelInfo,
     NewSequence,
@@ -26,8 +28,10 @@ from quantd.daemon.types import (
     StepPlan,
     StepResult,
     TokenLogprob,
+    TokenTable,
 )
 from quantd.daemon.worker.disk import DiskTier
+from quantd.daemon.worker.grammar import Constraint, Grammars
 from quantd.daemon.worker.host import HostPool
 from quantd.daemon.worker.load import Model, load_model
 from quantd.daemon.worker.loader import Progress
@@ -42,9 +46,10 @@ vocabulary of 128k, where a whole prompt's would be gigabytes."""
 class _Sequence:
     """The worker's copy of what the scheduler knows: tokens and block table."""
 
-    __slots__ = ("blocks", "num_blocks", "row")
+    __slots__ = ("blocks", "constraint", "num_blocks", "row")
 
-    def __init__(self, new: NewSequence) -> None:
+    def __init__(self, new: NewSequence, constraint: Constraint | None) -> None:
+        self.constraint = constraint
         self.row = SampleRow(new.seq, new.sampling, list(new.tokens), new.num_prompt_tokens)
         self.blocks: NDArray[np.int32] = np.zeros(16, np.int32)
         self.num_blocks = 0
@@ -102,6 +107,7 @@ class Runner:
     def __init__(self, load: LoadModel, on_progress: Progress) -> None:
         self._model: Model = load_model(load, on_progress)
         self._sampler = Sampler(self._model.info.vocab_size)
+        self._grammars = Grammars(self._model.info.vocab_size)
         self._sequences: dict[int, _Sequence] = {}
         self._host = HostPool(self._model.pools, self.info.num_host_blocks)
         self._disk_folder, self._disk_bytes = load.disk_kv_path, load.disk_kv_bytes
@@ -124,6 +130,16 @@ class Runner:
         """The bytes of these ranges of blocks are not needed; their memory goes back."""
         self._model.pools.release(blocks)
 
+    def set_tokens(self, table: TokenTable) -> None:
+        """What grammars need to know of the tokenizer, before the first of them."""
+        self._grammars.set_table(table)
+
+    def compile_grammar(
+        self, message: CompileGrammar, send: Callable[[GrammarCompiled], None]
+    ) -> None:
+        """Begins to make it ready; `send` is called from a thread of its own."""
+        self._grammars.compile(message, send)
+
     @property
     def info(self) -> ModelInfo:
         return self._model.info
@@ -137,7 +153,7 @@ class Runner:
             self._sequences.pop(seq, None)
         for new in plan.add:
             assert new.seq not in self._sequences, f"sequence {new.seq} is known already"
-            self._sequences[new.seq] = _Sequence(new)
+            self._sequences[new.seq] = _Sequence(new, self._grammars.open(new))
         for rebind in plan.rebinds:
             self._sequences[rebind.seq].blocks[rebind.index] = rebind.block
         copying = time.perf_counter()
@@ -153,8 +169,9 @@ class Runner:
         logprobs: tuple[PromptLogprobs, ...] = ()
         if plan.chunks:
             sampled, logprobs = self._run(plan.chunks)
+        masks = self._grammars.take_timing()
         seconds = time.perf_counter() - started
-        return StepResult(plan.step, tuple(sampled), logprobs, seconds, copy_seconds)
+        return StepResult(plan.step, tuple(sampled), logprobs, seconds, copy_seconds, *masks)
 
     def _copy(self, copy: BlockCopy) -> None:
         """One after the other: a block that one copy saves may be the next one's target."""
@@ -179,11 +196,17 @@ class Runner:
         if len(wanted.sampled) < len(wanted.rows):
             hidden = hidden.index_select(0, self._tensor(np.array(wanted.sampled, np.int64)))
         logits = decoder.logits(hidden)
-        sampled = self._sampler.sample(logits, [sequence.row for sequence in wanted.sequences])
+        sampled = self._sample(wanted.sequences, logits)
         for sequence, result in zip(wanted.sequences, sampled, strict=True):
             # Also after an error: the next plan, made before this one's end, may run the sequence.
             sequence.row.tokens.append(result.token)
         return sampled, logprobs
+
+    def _sample(self, sequences: Sequence[_Sequence], logits: Tensor) -> list[Sampled]:
+        constraints = [sequence.constraint for sequence in sequences]
+        masks = self._grammars.wait(constraints)
+        rows = [sequence.row for sequence in sequences]
+        return self._grammars.advance(constraints, self._sampler.sample(logits, rows, masks))
 
     def _batch(self, chunks: tuple[Chunk, ...]) -> tuple[Tensor, ops.AttentionBatch, int, _Wanted]:
         """(tokens [T], the batch, a position above all of its, the rows that are asked for)."""

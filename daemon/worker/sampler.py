@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quantd.daemon.types import Sampled, SamplingParams, TokenLogprob
@@ -25,10 +28,17 @@ _GREEDY_BELOW = 1e-5
 _LOGPROB_ROWS = 16
 """Rows whose log-probabilities are in float32 at once: 8 MB at a vocabulary of 128k."""
 
+_MASK_ROWS = 16
+"""Rows whose masks are a byte per token at once."""
+
+Bits = NDArray[np.int32]
+"""A grammar's mask: see `keep_bits`."""
+_NO_MASKS: Mapping[int, Bits] = MappingProxyType({})
+
 _NOT_FINITE = "the model's logits are not finite: {value} is the highest"
 _ALL_MASKED = (
-    "no token may be sampled: allowed_token_ids, bad_words and min_tokens together exclude "
-    "the whole vocabulary"
+    "no token may be sampled: allowed_token_ids, bad_words, min_tokens and the grammar together "
+    "exclude the whole vocabulary"
 )
 
 
@@ -53,9 +63,12 @@ class Sampler:
         self._vocab_size = vocab_size
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
+    def sample(
+        self, logits: Tensor, rows: Sequence[SampleRow], masks: Mapping[int, Bits] = _NO_MASKS
+    ) -> list[Sampled]:
         """One token per row of logits [n, >= vocab_size] (any float dtype, not changed).
 
+        masks: row -> the tokens that its grammar allows.
         A row with NaN or +inf, or in which everything is masked, gets an error in place of a
         token; the other rows are not touched by it.
         """
@@ -72,11 +85,14 @@ class Sampler:
             if not math.isfinite(value)
         }
         special = [
-            i for i, row in enumerate(rows) if i not in errors and not _is_argmax(row.sampling)
+            i
+            for i, row in enumerate(rows)
+            if i not in errors and (i in masks or not _is_argmax(row.sampling))
         ]
         if special:
             raw = logits if len(special) == len(rows) else logits[special]
             work = raw.to(torch.float32, copy=True)
+            _apply_masks(work, [masks.get(i) for i in special])
             chosen = _sample_special(work, [rows[i] for i in special])
             for i, token in zip(special, chosen, strict=True):
                 if token is None:
@@ -107,6 +123,20 @@ class Sampler:
         if params.logprobs is None:
             return None
         return _token_logprobs(logits[None].float(), [token], params.logprobs)[0]
+
+
+def _apply_masks(work: Tensor, masks: Sequence[Bits | None]) -> None:
+    """work: float32 [m, V], in place. A few rows at a time, as each bit becomes a byte."""
+    masked = [(i, bits) for i, bits in enumerate(masks) if bits is not None]
+    for start in range(0, len(masked), _MASK_ROWS):
+        part = masked[start : start + _MASK_ROWS]
+        rows = [i for i, _ in part]
+        bits = torch.from_numpy(np.stack([bits for _, bits in part])).to(work.device)
+        if rows[-1] - rows[0] == len(rows) - 1:
+            spec.keep_bits(work[rows[0] : rows[-1] + 1], bits)
+        else:
+            for i, row in enumerate(rows):
+                spec.keep_bits(work[row : row + 1], bits[i : i + 1])
 
 
 def _is_argmax(params: SamplingParams) -> bool:

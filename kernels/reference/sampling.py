@@ -3,7 +3,8 @@
 Each function works on one row of float32 logits [V] unless it says otherwise. A token is chosen
 in this order, each step on the outcome of the one before (the order of vLLM):
 
-1. masks: allowed ids, bad words, stop tokens before min_tokens: logit = -inf
+1. masks: the grammar's, allowed ids, bad words, stop tokens before min_tokens: logit = -inf,
+   which no bias or penalty brings back
 2. logit bias: added
 3. penalties: repetition, then frequency, then presence
 4. temperature: z = (logit - highest logit) / temperature
@@ -62,6 +63,14 @@ def philox_uniform(seed: int, position: int, purpose: int = 0) -> float:
         (seed & _MASK32, seed >> 32),
     )[0]
     return ((word >> 9) * 2 + 1) * 2.0**-24
+
+
+def keep_bits(rows: Tensor, bits: Tensor) -> None:
+    """Mask the tokens of rows [m, V] whose bit is 0: bits [m, >= ceil(V / 32)] (int32,
+    little-endian) has token i in bit i % 32 of word i // 32; in place."""
+    powers = 2 ** torch.arange(8, dtype=torch.uint8, device=rows.device)
+    cleared = (bits.view(torch.uint8)[:, :, None] & powers) == 0
+    rows.masked_fill_(cleared.flatten(1)[:, : rows.shape[1]], -math.inf)
 
 
 def keep_only(row: Tensor, ids: Tensor) -> None:

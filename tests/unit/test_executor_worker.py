@@ -17,9 +17,12 @@ from fakes import FakeWorker, ManualClock, model_info
 from quantd.daemon.frames import FrameSocket
 from quantd.daemon.types import (
     Chunk,
+    CompileGrammar,
     DiskDone,
     DiskIndex,
     FromWorker,
+    Grammar,
+    GrammarCompiled,
     LoadModel,
     LoadProgress,
     ModelInfo,
@@ -27,6 +30,7 @@ from quantd.daemon.types import (
     SamplingParams,
     StepPlan,
     StepResult,
+    TokenTable,
     ToWorker,
     WorkerFailed,
 )
@@ -57,6 +61,16 @@ class Runner:
 
     def release_memory(self, blocks: Sequence[tuple[int, int]]) -> None:
         pass
+
+    def set_tokens(self, table: TokenTable) -> None:
+        self.table = table
+
+    def compile_grammar(
+        self, message: CompileGrammar, send: Callable[[GrammarCompiled], None]
+    ) -> None:
+        """Refuses what is no token of the table."""
+        known = message.grammar.source.encode() in self.table.pieces
+        send(GrammarCompiled(message.id, None if known else "unknown"))
 
     def open_disk(self, send: Callable[[DiskDone | DiskIndex], None]) -> None:
         pass

@@ -96,7 +96,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a", "best_of": 3}, "best_of"),
     ({"prompt": "a", "n": 3, "best_of": 2}, "best_of"),
     ({"prompt": "a", "echo": "yes"}, "echo"),
-    ({"prompt": "a", "response_format": {"type": "json_object"}}, "response_format"),
+    ({"prompt": "a", "response_format": {"type": "xml"}}, "response_format"),
+    ({"prompt": "a", "guided_regex": "("}, "guided_regex"),
 ]
 
 
