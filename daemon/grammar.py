@@ -127,8 +127,11 @@ def problem(grammar: Grammar) -> str | None:
 
 
 def first_line(message: str) -> str:
-    """Of llguidance's errors, which go on with the source and its state."""
-    return message.strip().split("\n", 1)[0][:300]
+    """Of llguidance's errors, which go on with the source and its state; and what the parser of
+    regular expressions says last."""
+    lines = message.strip().split("\n")
+    said = [line for line in lines[1:] if line.startswith("error: ")]
+    return " ".join([lines[0][:300], *said[:1]])
 
 
 def _lark_of_gbnf(gbnf: str) -> str:

@@ -31,6 +31,7 @@ from quantd.daemon.types import (
     DiskDone,
     DiskOp,
     FinishReason,
+    Grammar,
     ModelInfo,
     NewSequence,
     PromptLogprobs,
@@ -40,6 +41,7 @@ from quantd.daemon.types import (
     StepPlan,
     StepResult,
     TokenLogprob,
+    TokenTable,
 )
 from quantd.daemon.types import (
     DiskIndex as DiskListing,
@@ -308,6 +310,8 @@ class FakeExecutor:
         self.closed = False
         self.released: list[list[tuple[int, int]]] = []
         self.on_disk: Callable[[DiskDone | DiskListing], None] | None = None
+        self.tables: list[TokenTable] = []
+        self.compiled: list[Grammar] = []
         self._last: asyncio.Future[StepResult] | None = None
         self._open = asyncio.Event()
         self._open.set()
@@ -346,6 +350,17 @@ class FakeExecutor:
 
     def release_memory(self, blocks: Sequence[tuple[int, int]]) -> None:
         self.released.append(list(blocks))
+
+    def set_tokens(self, table: TokenTable) -> None:
+        self.tables.append(table)
+
+    def compile(self, grammar: Grammar) -> asyncio.Future[str | None]:
+        """Whatever is no "good" one is refused."""
+        assert self.tables, "a grammar came before the tokens"
+        self.compiled.append(grammar)
+        future: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        future.set_result(None if grammar.source == "good" else "it is none")
+        return future
 
     async def close(self) -> None:
         self.closed = True

@@ -286,7 +286,12 @@ class Engine:
                 self._forget(update.seq.id, update.finish_reason)
         self._num_steps += 1
         num_tokens = sum(chunk.stop - chunk.start for chunk in step.plan.chunks)
-        self._metrics.observe_step(step.result.seconds, num_tokens)
+        result = step.result
+        self._metrics.observe_step(result.seconds, num_tokens)
+        if result.num_masks:
+            self._metrics.count_masks(
+                result.num_masks, result.mask_seconds, result.mask_wait_seconds
+            )
         num_generated = sum(len(update.tokens) for update in step.updates)
         self._num_generated_tokens += num_generated
         self._metrics.count_generated(num_generated)

@@ -28,6 +28,11 @@ class EngineMetrics(Protocol):
         """A step's time in the worker, and the tokens it computed."""
         ...
 
+    def count_masks(self, number: int, seconds: float, wait_seconds: float) -> None:
+        """Of a step, the masks of grammars: what they took beside the model, and how long the
+        step waited for them."""
+        ...
+
     def count_prompt(self, num_tokens: int, num_cached_tokens: int) -> None:
         """A request's prompt, when its first token comes."""
         ...

@@ -32,6 +32,21 @@ _COUNTERS: tuple[tuple[str, str, Callable[[EngineMetrics], float]], ...] = (
         lambda engine: engine.step_tokens,
     ),
     ("quantd_step_seconds", "Time spent in steps.", lambda engine: engine.step_seconds),
+    (
+        "quantd_grammar_masks",
+        "Tokens sampled under a grammar.",
+        lambda engine: engine.masks,
+    ),
+    (
+        "quantd_grammar_mask_seconds",
+        "Time spent on grammars' masks, beside the model.",
+        lambda engine: engine.mask_seconds,
+    ),
+    (
+        "quantd_grammar_wait_seconds",
+        "Of the time in steps, waited for masks.",
+        lambda engine: engine.mask_wait_seconds,
+    ),
 )
 _Labelled = Callable[[EngineMetrics], Mapping[tuple[str, ...], int]]
 _LABELLED: tuple[tuple[str, str, tuple[str, ...], _Labelled], ...] = (

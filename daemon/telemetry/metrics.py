@@ -96,6 +96,9 @@ class EngineMetrics:
     steps: int = 0
     step_tokens: int = 0
     step_seconds: float = 0.0
+    masks: int = 0
+    mask_seconds: float = 0.0
+    mask_wait_seconds: float = 0.0
     finished: dict[str, int] = field(default_factory=dict)
     preempted: dict[str, int] = field(default_factory=dict)
     """By reason."""
@@ -123,6 +126,11 @@ class EngineMetrics:
         self.steps += 1
         self.step_tokens += num_tokens
         self.step_seconds += seconds
+
+    def count_masks(self, number: int, seconds: float, wait_seconds: float) -> None:
+        self.masks += number
+        self.mask_seconds += seconds
+        self.mask_wait_seconds += wait_seconds
 
     def count_prompt(self, num_tokens: int, num_cached_tokens: int) -> None:
         """`num_tokens` includes the cached ones."""

@@ -29,10 +29,10 @@ _LOGPROB_ROWS = 16
 """Rows whose log-probabilities are in float32 at once: 8 MB at a vocabulary of 128k."""
 
 _MASK_ROWS = 16
-"""Rows whose masks are a byte per token at once."""
+"""Rows whose masks are four bytes per token at once."""
 
 Bits = NDArray[np.int32]
-"""A grammar's mask: see `keep_bits`."""
+"""A grammar's mask [ceil(V / 32)]: bit i % 32 of word i // 32 is set where token i is allowed."""
 _NO_MASKS: Mapping[int, Bits] = MappingProxyType({})
 
 _NOT_FINITE = "the model's logits are not finite: {value} is the highest"
@@ -126,17 +126,28 @@ class Sampler:
 
 
 def _apply_masks(work: Tensor, masks: Sequence[Bits | None]) -> None:
-    """work: float32 [m, V], in place. A few rows at a time, as each bit becomes a byte."""
+    """work: float32 [m, V], in place. A few rows at a time, as each bit becomes a number."""
     masked = [(i, bits) for i, bits in enumerate(masks) if bits is not None]
     for start in range(0, len(masked), _MASK_ROWS):
         part = masked[start : start + _MASK_ROWS]
-        rows = [i for i, _ in part]
-        bits = torch.from_numpy(np.stack([bits for _, bits in part])).to(work.device)
-        if rows[-1] - rows[0] == len(rows) - 1:
-            spec.keep_bits(work[rows[0] : rows[-1] + 1], bits)
+        allowed = _unpacked(np.stack([bits for _, bits in part]), work)
+        first, last = part[0][0], part[-1][0]
+        if last - first == len(part) - 1:
+            spec.keep_allowed(work[first : last + 1], allowed)
         else:
-            for i, row in enumerate(rows):
-                spec.keep_bits(work[row : row + 1], bits[i : i + 1])
+            for i, (row, _) in enumerate(part):
+                spec.keep_allowed(work[row : row + 1], allowed[i : i + 1])
+
+
+def _unpacked(bits: Bits, work: Tensor) -> Tensor:
+    """uint8 [n, V] of bits [n, ceil(V / 32)], on the device of work [m, V]."""
+    octets, num_tokens = bits.view(np.uint8), work.shape[1]
+    if work.device.type == "cpu":  # by numpy, in a tenth of torch's time
+        unpacked = np.unpackbits(octets, axis=1, count=num_tokens, bitorder="little")
+        return torch.from_numpy(unpacked)
+    shifts = torch.arange(8, dtype=torch.uint8, device=work.device)
+    spread = torch.from_numpy(octets).to(work.device)[:, :, None] >> shifts
+    return (spread & 1).flatten(1)[:, :num_tokens]
 
 
 def _is_argmax(params: SamplingParams) -> bool:

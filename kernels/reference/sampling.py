@@ -65,12 +65,10 @@ def philox_uniform(seed: int, position: int, purpose: int = 0) -> float:
     return ((word >> 9) * 2 + 1) * 2.0**-24
 
 
-def keep_bits(rows: Tensor, bits: Tensor) -> None:
-    """Mask the tokens of rows [m, V] whose bit is 0: bits [m, >= ceil(V / 32)] (int32,
-    little-endian) has token i in bit i % 32 of word i // 32; in place."""
-    powers = 2 ** torch.arange(8, dtype=torch.uint8, device=rows.device)
-    cleared = (bits.view(torch.uint8)[:, :, None] & powers) == 0
-    rows.masked_fill_(cleared.flatten(1)[:, : rows.shape[1]], -math.inf)
+def keep_allowed(rows: Tensor, allowed: Tensor) -> None:
+    """Mask the tokens of rows [m, V] where `allowed` [m, V] (uint8) is 0, elsewhere it is 1; in
+    place. As a minimum with +inf or -inf, which takes a fifth of masked_fill's time on a CPU."""
+    torch.minimum(rows, allowed.to(rows.dtype).sub_(0.5).mul_(math.inf), out=rows)
 
 
 def keep_only(row: Tensor, ids: Tensor) -> None:

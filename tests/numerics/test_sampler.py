@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 
@@ -372,3 +374,28 @@ def test_prompt_logprobs_match_log_softmax() -> None:
         assert entry.top[0][0] == int(x[i].argmax())
         assert entry.top[0][1] >= entry.top[1][1]
     assert Sampler(VOCAB).prompt_logprobs(x[:0], [], 2) == ()
+
+
+# --- masks of grammars ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked_rows", [range(40), range(0, 40, 3), [7], [0, 1, 2, 39]])
+def test_bits_mask_the_tokens_that_they_should(masked_rows: Sequence[int]) -> None:
+    """Whichever rows have masks, the highest allowed token is chosen and the others are free."""
+    vocab = 1003  # no multiple of 8 or 32
+    x = logits(40, 3, vocab)
+    allowed = torch.rand(40, vocab, generator=torch.Generator().manual_seed(4)) < 0.01
+    allowed[:, 5] = True
+    packed = np.packbits(allowed.numpy(), axis=1, bitorder="little")
+    bits = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 4))).view(np.int32)
+    masks = {i: bits[i] for i in masked_rows}
+    sampled = Sampler(vocab).sample(x, [row(i) for i in range(40)], masks)
+    for i, item in enumerate(sampled):
+        expected = x[i].masked_fill(~allowed[i], -INF) if i in masks else x[i]
+        assert item.token == int(expected.argmax())
+
+
+def test_what_is_masked_stays_so_whatever_it_was() -> None:
+    x = torch.tensor([[INF, -INF, 1.0, -2.0]])
+    spec.keep_allowed(x, torch.tensor([[0, 1, 1, 0]], dtype=torch.uint8))
+    assert x.tolist() == [[-INF, -INF, 1.0, -INF]]

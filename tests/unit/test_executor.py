@@ -23,11 +23,13 @@ from quantd.daemon.engine.executor import WorkerExecutor
 from quantd.daemon.errors import ModelRefused, Unavailable
 from quantd.daemon.types import (
     Chunk,
+    Grammar,
     LoadModel,
     LoadProgress,
     NewSequence,
     SamplingParams,
     StepPlan,
+    TokenTable,
 )
 
 FAKE_WORKER = (sys.executable, str(Path(__file__).parents[1] / "fixtures" / "fake_worker.py"))
@@ -99,6 +101,40 @@ def test_loads_and_answers_in_order(run: Run) -> None:
             os.kill(pid, 0)
         with pytest.raises(Unavailable, match="model 'm' was unloaded"):
             executor.execute(StepPlan(4, ()))
+        await executor.close()
+
+    run(main())
+
+
+def test_grammars_are_answered_each_by_its_number(run: Run) -> None:
+    async def main() -> None:
+        executor = await start("ok")
+        executor.set_tokens(TokenTable((b"a",), (), ()))
+        good, bad, step, left = (
+            executor.compile(Grammar("regex", "good")),
+            executor.compile(Grammar("regex", "bad")),
+            executor.execute(first_step()),
+            executor.compile(Grammar("regex", "good")),
+        )
+        left.cancel()  # its caller has left: the answer is for nobody
+        assert await asyncio.gather(good, bad) == [None, "it is none"]
+        assert (await step).step == 0
+        await executor.close()
+        with pytest.raises(Unavailable):
+            executor.compile(Grammar("regex", "good"))
+        executor.set_tokens(TokenTable((b"a",), (), ()))  # no effect
+
+    run(main())
+
+
+def test_a_worker_that_ends_leaves_no_grammar_waiting(run: Run) -> None:
+    async def main() -> None:
+        executor = await start("ok")
+        os.kill(executor.pid, signal.SIGSTOP)
+        waiting = executor.compile(Grammar("regex", "good"))
+        os.kill(executor.pid, signal.SIGKILL)
+        with pytest.raises(Unavailable, match="killed"):
+            await waiting
         await executor.close()
 
     run(main())

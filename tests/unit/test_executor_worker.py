@@ -121,6 +121,16 @@ def test_loads_and_serves_until_the_wire_closes(talk: Talk) -> None:
     assert [len(result.sampled) for result in results] == [1, 0, 0]
 
 
+def test_grammars_are_answered_in_between(talk: Talk) -> None:
+    table = TokenTable((b"a", b"b"), (), ())
+    good, bad = CompileGrammar(5, Grammar("regex", "a")), CompileGrammar(6, Grammar("regex", "c"))
+    status, answers = talk(make_runner, LOAD, table, good, FIRST, bad)
+    assert status == 0
+    assert answers[2] == GrammarCompiled(5)
+    assert isinstance(answers[3], StepResult)
+    assert answers[4] == GrammarCompiled(6, "unknown")
+
+
 def test_a_wire_that_closes_at_once_is_no_error(talk: Talk) -> None:
     assert talk(make_runner) == (0, [])
 

@@ -16,7 +16,7 @@ from quantd.daemon.engine.executor import OnProgress
 from quantd.daemon.errors import ModelNotFound, ModelRefused, QuantdError, Unavailable
 from quantd.daemon.fleet import Fleet, Lease, ModelStatus, Timing
 from quantd.daemon.telemetry.metrics import Metrics
-from quantd.daemon.types import LoadModel, LoadProgress, TokenEvent
+from quantd.daemon.types import Grammar, LoadModel, LoadProgress, TokenEvent, TokenTable
 
 
 class Sleeper:
@@ -71,6 +71,13 @@ class Workers:
         return [load.name for load in self.loads]
 
 
+class FakeText(str):
+    """Of a tokenizer with one token."""
+
+    def token_table(self) -> TokenTable:
+        return TokenTable((b"a",), (), ())
+
+
 class Bench:
     def __init__(self, *models: ModelSettings) -> None:
         self.clock = ManualClock(1000.0)
@@ -93,7 +100,7 @@ class Bench:
         self.texts.append(path)
         if self.text_error is not None:
             raise self.text_error
-        return f"text of {path}"
+        return FakeText(f"text of {path}")
 
     def status(self, name: str = "a") -> ModelStatus:
         return next(status for status in self.fleet.models() if status.name == name)
@@ -139,6 +146,36 @@ async def fails(awaitable: Any) -> QuantdError:
     with pytest.raises(QuantdError) as raised:
         await awaitable
     return raised.value
+
+
+# --- grammars ------------------------------------------------------------------------------------
+
+
+async def test_the_worker_gets_the_tokens_once_and_each_grammar_once() -> None:
+    good, bad = Grammar("regex", "good"), Grammar("regex", "bad")
+    async with bench() as b, await b.fleet.lease("a") as lease:
+        (executor,) = b.workers.executors
+        assert executor.tables == []  # a model that never needs them pays nothing
+        await asyncio.gather(*(lease.prepare(good) for _ in range(3)))
+        await lease.prepare(good)
+        for _ in range(2):
+            assert "it is none" in str(await fails(lease.prepare(bad)))
+        assert len(executor.tables) == 1
+        assert executor.compiled[-2:] == [bad, bad]
+        assert 1 <= executor.compiled.count(good) <= 3
+
+
+async def test_a_worker_that_comes_again_gets_them_again() -> None:
+    good = Grammar("regex", "good")
+    async with bench() as b:
+        async with await b.fleet.lease("a") as lease:
+            await lease.prepare(good)
+        b.workers.executors[0].die("killed")
+        await b.sleeper.advance(1.0)
+        async with await b.fleet.lease("a") as lease:
+            await lease.prepare(good)
+        assert [len(executor.tables) for executor in b.workers.executors] == [1, 1]
+        assert b.workers.executors[1].compiled == [good]
 
 
 # --- names ---------------------------------------------------------------------------------------

@@ -14,7 +14,10 @@ from quantd.daemon.frames import FrameDecoder, FrameEncoder, FrameError, FrameSo
 from quantd.daemon.types import (
     BlockCopy,
     Chunk,
+    CompileGrammar,
     FromWorker,
+    Grammar,
+    GrammarCompiled,
     LoadModel,
     LoadProgress,
     ModelInfo,
@@ -24,6 +27,7 @@ from quantd.daemon.types import (
     StepPlan,
     StepResult,
     TokenLogprob,
+    TokenTable,
     ToWorker,
     WorkerFailed,
 )
@@ -31,7 +35,10 @@ from quantd.daemon.types import (
 PLAN = StepPlan(
     step=7,
     chunks=(Chunk(seq=3, start=0, stop=5, blocks=(9,), sample=True), Chunk(4, 20, 21)),
-    add=(NewSequence(3, (1, 2, 3, 4, 5), 5, SamplingParams(max_tokens=4, logit_bias=((1, 2.5),))),),
+    add=(
+        NewSequence(3, (1, 2, 3, 4, 5), 5, SamplingParams(max_tokens=4, logit_bias=((1, 2.5),))),
+        NewSequence(4, (1,), 1, SamplingParams(max_tokens=4, grammar=Grammar("regex", "a"))),
+    ),
     drop=(1, 2),
     copies=(BlockCopy("cow", 1, 2),),
 )
@@ -44,6 +51,7 @@ FROM_WORKER: list[FromWorker] = [
     INFO,
     WorkerFailed("no such tensor", refused=True),
     RESULT,
+    GrammarCompiled(7, "it is none"),
 ]
 
 
@@ -51,7 +59,16 @@ def from_worker() -> FrameDecoder[FromWorker]:
     return FrameDecoder(FromWorker)
 
 
-@pytest.mark.parametrize("message", [LoadModel("demo", "/models/demo", threads=2), PLAN])
+GRAMMAR = Grammar("json_schema", '{"const":"é"}')
+TO_WORKER: list[ToWorker] = [
+    LoadModel("demo", "/models/demo", threads=2),
+    PLAN,
+    TokenTable((b"a", b"\xff", b""), (2,), (2,)),
+    CompileGrammar(7, GRAMMAR),
+]
+
+
+@pytest.mark.parametrize("message", TO_WORKER)
 def test_messages_to_the_worker_survive(message: ToWorker) -> None:
     decoder: FrameDecoder[ToWorker] = FrameDecoder(ToWorker)
     assert decoder.feed(FrameEncoder().encode(message)) == [message]

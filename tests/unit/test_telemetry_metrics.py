@@ -41,6 +41,7 @@ def busy() -> Metrics:
     engine.observe_ttft(0.2)
     engine.observe_itl(1000.0)
     engine.observe_step(0.5, 7)
+    engine.count_masks(3, 0.25, 0.125)
     engine.count_preempted("memory", 8)
     engine.count_preempted("priority", 0)
     engine.count_moved("out", "host", 1000)
