@@ -31,7 +31,7 @@ from quantd.daemon.types import (
     TokenTable,
 )
 from quantd.daemon.worker.disk import DiskTier
-from quantd.daemon.worker.grammar import Constraint, Grammars
+from quantd.daemon.worker.grammar import CPU_HEAD_START, Constraint, Grammars
 from quantd.daemon.worker.host import HostPool
 from quantd.daemon.worker.load import Model, load_model
 from quantd.daemon.worker.loader import Progress
@@ -107,7 +107,8 @@ class Runner:
     def __init__(self, load: LoadModel, on_progress: Progress) -> None:
         self._model: Model = load_model(load, on_progress)
         self._sampler = Sampler(self._model.info.vocab_size)
-        self._grammars = Grammars(self._model.info.vocab_size)
+        head_start = CPU_HEAD_START if self._model.device.type == "cpu" else 0.0
+        self._grammars = Grammars(self._model.info.vocab_size, head_start)
         self._sequences: dict[int, _Sequence] = {}
         self._host = HostPool(self._model.pools, self.info.num_host_blocks)
         self._disk_folder, self._disk_bytes = load.disk_kv_path, load.disk_kv_bytes
