@@ -16,6 +16,7 @@ from quantd.daemon.server.generate import Api, Generation, Prompt, Usage, collec
 from quantd.daemon.server.logprobs import ChatLogprobs, chat_logprobs
 from quantd.daemon.server.messages import check_messages, encode_messages, num_chars, off_loop
 from quantd.daemon.server.models import json_response
+from quantd.daemon.server.reply import ReplyMessage, delta_member, message
 from quantd.daemon.server.sampling import (
     MAX_LOGPROBS,
     Options,
@@ -25,13 +26,14 @@ from quantd.daemon.server.sampling import (
 )
 from quantd.daemon.server.schemas import ChatBody
 from quantd.daemon.server.stream import ChunkTemplate, stream_generation, token_ids
+from quantd.daemon.text.answer import whole
 
 if TYPE_CHECKING:
     from quantd.daemon.server.choice import Delta
     from quantd.daemon.text import TextModel
 
 _DECODER = msgspec.json.Decoder(ChatBody)
-_API = Api("chatcmpl-", MappingProxyType({"prompt": "messages"}))
+_API = Api("chatcmpl-", MappingProxyType({"prompt": "messages"}), takes_parts=True)
 _UNSERVED = (
     "tool_choice",
     "functions",
@@ -43,11 +45,7 @@ _UNSERVED = (
     "add_special_tokens",
 )
 
-
-class ReplyMessage(msgspec.Struct):
-    content: str
-    role: str = "assistant"
-    refusal: str | None = None
+_NOTHING = b'"delta":{"content":""}'
 
 
 class ChatChoice(msgspec.Struct):
@@ -108,7 +106,7 @@ def _reply(made: Generation, results: Sequence[Delta]) -> ChatReply:
         choices=[
             ChatChoice(
                 index=result.index,
-                message=ReplyMessage(result.text),
+                message=message(whole(result.parts)),
                 logprobs=chat_logprobs(made.text, options, result.entries),
                 finish_reason=result.finish_reason or "stop",
                 stop_reason=result.stop_reason,
@@ -137,19 +135,23 @@ class ChatChunks:
         if index not in self._begun:
             self._begun.add(index)
             parts.append(template.chunk(index, b'"delta":{"role":"assistant","content":""}'))
-        if delta.text or delta.entries:
-            logprobs = chat_logprobs(self._made.text, self._made.options, delta.entries)
-            parts.append(
-                template.chunk(
-                    index,
-                    b'"delta":{"content":' + msgspec.json.encode(delta.text) + b"}",
-                    b"null" if logprobs is None else msgspec.json.encode(logprobs),
-                    extra=template.token_ids(delta),
-                )
-            )
+        shown = [delta_member(part) for part in delta.parts]
+        if delta.entries:
+            parts.append(self._chunk_of_tokens(delta, shown.pop(0) if shown else _NOTHING))
+        parts += [template.chunk(index, member) for member in shown]
         if delta.finish_reason is not None:
             parts.append(template.finish(b'"delta":{}', delta))
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _chunk_of_tokens(self, delta: Delta, member: bytes) -> bytes:
+        """With the log probabilities and ids of all the delta's tokens."""
+        logprobs = chat_logprobs(self._made.text, self._made.options, delta.entries)
+        return self._template.chunk(
+            delta.index,
+            member,
+            b"null" if logprobs is None else msgspec.json.encode(logprobs),
+            extra=self._template.token_ids(delta),
+        )
 
     def end(self) -> bytes:
         """After the last choice: usage if asked for, and the mark of the end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -13,6 +14,10 @@ from quantd.daemon.types import SamplingParams, TokenEvent, TokenLogprob
 if TYPE_CHECKING:
     from quantd.daemon.engine.stream import TokenStream
     from quantd.daemon.text import OutputText
+    from quantd.daemon.text.answer import AnswerParser, Part
+
+
+Finish = Literal["stop", "length", "tool_calls"]
 
 
 class TokenEntry(NamedTuple):
@@ -29,14 +34,18 @@ class Delta:
 
     index: int
     text: str = ""
+    """As generated, with the marks of reasoning and calls."""
+    parts: list[Part] = field(default_factory=list)
+    """The same taken apart, when the API asked for it."""
     entries: list[TokenEntry] = field(default_factory=list)
     """Only with logprobs or return_token_ids: the tokens whose text is out with this delta."""
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: Finish | None = None
     stop_reason: str | int | None = None
     """The stop string or the caller's stop token; None for the model's own end."""
 
     def add(self, other: Delta) -> None:
         self.text += other.text
+        self.parts += other.parts
         self.entries += other.entries
         self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
 
@@ -53,18 +62,25 @@ class Choice:
         index: int,
         stream: TokenStream,
         output: OutputText,
+        parser: AnswerParser | None,
         sampling: SamplingParams,
         options: Options,
     ) -> None:
+        """parser: None for an API that shows the text as it was generated."""
         self.index = index
         self.num_tokens = 0
         """For usage: the generated ones, with the stop token or those of the stop string."""
         self.num_cached_tokens = 0
-        self.finish_reason: Literal["stop", "length"] | None = None
+        self.num_reasoning_tokens = 0
+        """Of num_tokens, once it has ended."""
+        self.finish_reason: Finish | None = None
         self.prompt_logprobs: Sequence[TokenLogprob | None] = ()
         """Set by the first delta, when asked for."""
         self._stream = stream
         self._output = output
+        self._parser = parser
+        self._offsets: list[int] = []
+        """Where each token's text begins; with a parser."""
         self._own_stops = frozenset(options.stop_token_ids)
         self._prompt_only = options.max_tokens == 0
         self._wants_entries = sampling.logprobs is not None or options.return_token_ids
@@ -84,7 +100,8 @@ class Choice:
         while True:
             event = await self._stream.__anext__()
             delta = self._take(event)
-            if delta.text or delta.entries or delta.finish_reason is not None:
+            shown = delta.text if self._parser is None else delta.parts
+            if shown or delta.entries or delta.finish_reason is not None:
                 return delta
 
     def _take(self, event: TokenEvent) -> Delta:
@@ -121,10 +138,26 @@ class Choice:
             delta.finish_reason = "stop" if event.finish_reason == "stop" else "length"
             if ended and tokens[-1] in self._own_stops:
                 delta.stop_reason = tokens[-1]
+        if self._parser is not None:
+            self._parse(self._parser, delta, fed.offsets)
         self.finish_reason = delta.finish_reason
         if self._held:
             delta.entries = self._released(ended, stopped is not None)
         return delta
+
+    def _parse(self, parser: AnswerParser, delta: Delta, offsets: Sequence[int]) -> None:
+        """Fill in the delta's parts; at the end, count what was reasoning."""
+        if delta.text:
+            delta.parts.extend(parser.feed(delta.text))
+        self._offsets += offsets
+        if delta.finish_reason is not None:
+            delta.parts.extend(parser.flush())
+            if delta.finish_reason == "stop" and parser.num_calls:
+                delta.finish_reason = "tool_calls"
+            self.num_reasoning_tokens = sum(
+                bisect_left(self._offsets, stop) - bisect_left(self._offsets, start)
+                for start, stop in parser.reasoning_spans
+            )
 
     def _hold(self, event: TokenEvent, offsets: Sequence[int]) -> None:
         """Those behind a stop string are not in `offsets` and fall away here."""

@@ -43,6 +43,8 @@ class Api(NamedTuple):
     id_prefix: str
     fields: Mapping[str, str] = MappingProxyType({})
     """The engine's name for a field → this API's, for errors."""
+    takes_parts: bool = False
+    """Deltas have parts: content, reasoning, calls. Else the text as it was generated."""
 
 
 EncodePrompts = Callable[["TextModel"], Awaitable[Sequence[Prompt]]]
@@ -92,7 +94,7 @@ class Generation:
             num_completion,
             num_prompt + num_completion,
             CachedTokens(num_cached),
-            ReasoningTokens(0),
+            ReasoningTokens(sum(choice.num_reasoning_tokens for choice in self.choices)),
         )
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
@@ -164,7 +166,7 @@ async def generation(
         )
         try:
             try:
-                _submit(made, lease, arrival, deadline, request[CALLER])
+                _submit(made, lease, api, arrival, deadline, request[CALLER])
             except RequestError as error:
                 error.param = api.fields.get(error.param or "", error.param)
                 raise
@@ -206,7 +208,7 @@ async def _prepare(lease: Lease, given: FieldGrammar) -> None:
 
 
 def _submit(
-    made: Generation, lease: Lease, arrival: float, deadline: float | None, caller: str
+    made: Generation, lease: Lease, api: Api, arrival: float, deadline: float | None, caller: str
 ) -> None:
     """All or none: when a later one is refused, the caller's `finally` aborts the earlier ones."""
     options, info, choices = made.options, lease.info, made.choices
@@ -235,8 +237,11 @@ def _submit(
                 options.skip_special_tokens,
                 sampling.min_tokens,
             )
+            parser = (
+                lease.text.answer_parser(prompt.ids, options.tools) if api.takes_parts else None
+            )
             stream = lease.engine.submit(request)
-            choices.append(Choice(number, stream, output, sampling, options))
+            choices.append(Choice(number, stream, output, parser, sampling, options))
 
 
 async def collect(made: Generation) -> list[Delta]:

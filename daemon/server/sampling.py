@@ -23,6 +23,7 @@ from quantd.daemon.types import SamplingParams
 
 if TYPE_CHECKING:
     from quantd.daemon.text import TextModel
+    from quantd.daemon.text.tools import Toolset
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 64
@@ -146,6 +147,8 @@ class Options:
     service_tier: str | None
     grammar: FieldGrammar | None
     """What constrains the output, and the field that says so."""
+    tools: Toolset | None = None
+    """None: calls are not looked for."""
 
     def for_model(self, text: TextModel, vocab_size: int) -> SamplingParams:
         """What all choices share. Raises RequestError for ids outside the vocabulary."""

@@ -16,10 +16,12 @@ from quantd.daemon.gguf.place import find_gguf
 from quantd.daemon.gguf.reader import GgufError, open_gguf
 from quantd.daemon.gguf.tokenizer import build_tokenizer
 from quantd.daemon.gguf.tokenizer_metadata import read_tokenizer_metadata
+from quantd.daemon.text.answer import AnswerParser, PlainAnswer
 from quantd.daemon.text.chat_template import ChatTemplate
 from quantd.daemon.text.checkpoint import TextFiles, read_text_files
 from quantd.daemon.text.detokenizer import detokenizer
 from quantd.daemon.text.gguf_files import text_files
+from quantd.daemon.text.tools import Toolset
 from quantd.daemon.text.vocabulary import Vocabulary
 from quantd.daemon.types import TokenTable
 
@@ -172,6 +174,10 @@ class TextModel:
             **kwargs,
         )
         return self.encode(text, add_special_tokens=False)
+
+    def answer_parser(self, prompt: Sequence[int], tools: Toolset | None) -> AnswerParser:
+        """For what follows `prompt`, which may end inside of the model's reasoning."""
+        return PlainAnswer()
 
     def _id(self, token: str | None, otherwise: int | None) -> int | None:
         known: int | None = None if token is None else self._tokenizer.token_to_id(token)
