@@ -1,0 +1,99 @@
+"""Harmony, of gpt-oss: messages with a channel each.
+
+`<|channel|>analysis<|message|>…<|end|><|start|>assistant<|channel|>final<|message|>…`. The analysis
+is reasoning, the final channel is content, and so is the commentary, unless it is addressed
+`to=functions.NAME`: then it is a call's arguments.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from quantd.daemon.text.answer import Part
+from quantd.daemon.text.dialects.scan import CallParser, first_of, held
+from quantd.daemon.text.tools import Toolset
+
+START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
+CONSTRAIN, END, CALL, RETURN = "<|constrain|>", "<|end|>", "<|call|>", "<|return|>"
+MARKS = (START, CHANNEL, MESSAGE, CONSTRAIN, END, CALL, RETURN)
+_ENDS = (END, CALL, RETURN, START)
+_HEADS = (START, CHANNEL, MESSAGE, " to=")
+_CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
+_RECIPIENT = re.compile(r"\bto=([^\s<]+)")
+_FUNCTION = re.compile(r"functions\.(.+)")
+
+
+class HarmonyParser(CallParser):
+    def __init__(self, tools: Toolset, new_id: Callable[[], str]) -> None:
+        super().__init__(tools, new_id)
+        self.reasoning_spans: list[tuple[int, int]] = []
+        self._place = 0
+        """Of `text` in all that was fed."""
+        self._reasoning_begun: int | None = None
+        self._show: Callable[[str], None] = self.prose
+        self._has_content = False
+
+    def take(self, count: int) -> str:
+        self._place += count
+        return super().take(count)
+
+    def flush(self) -> Sequence[Part]:
+        parts = super().flush()
+        self._end_reasoning()
+        return parts
+
+    def begin(self) -> bool:
+        """A message's head, up to its text. An answer without a head is content; a head that is
+        cut off says nothing."""
+        if not any(self.text.startswith(h) or h.startswith(self.text) for h in _HEADS):
+            self.state = self._body
+            return True
+        end = self.text.find(MESSAGE)
+        if end < 0:
+            if self.ended:
+                self.take(len(self.text))
+            return False
+        begun = self._place
+        head = self.take(end)
+        self.take(len(MESSAGE))
+        self._open(head, begun)
+        self.state = self._body
+        return True
+
+    def _open(self, head: str, begun: int) -> None:
+        recipient = _RECIPIENT.search(head)
+        if recipient is None:
+            channel = _CHANNEL.search(head)
+            if channel is not None and channel[1] == "analysis":
+                self._show, self._reasoning_begun = self.reason, begun
+                return
+        function = _FUNCTION.fullmatch(recipient[1]) if recipient else None
+        if function and function[1] in self.tools:
+            self.start(function[1])
+            self._show = self.argue
+            return
+        self._show = self.prose
+        if self._has_content:
+            self.prose("\n")
+        self._has_content = True
+        if recipient:  # of something that is not ours: nothing of it is hidden
+            self.prose(head + MESSAGE)
+
+    def _body(self) -> bool:
+        found = first_of(self.text, _ENDS)
+        if found is None:
+            self._show(self.take(len(self.text) - (0 if self.ended else held(self.text, _ENDS))))
+            return False
+        place, mark = found
+        self._show(self.take(place))
+        if mark != START:  # which belongs to the next head
+            self.take(len(mark))
+        self._end_reasoning()
+        self._show, self.state = self.prose, self.begin
+        return True
+
+    def _end_reasoning(self) -> None:
+        if self._reasoning_begun is not None:
+            self.reasoning_spans.append((self._reasoning_begun, self._place))
+            self._reasoning_begun = None

@@ -1,0 +1,51 @@
+"""Llama 3.1 and after: the answer is `{"name": …, "parameters": {…}}`, maybe behind
+`<|python_tag|>`; further calls come after `;`."""
+
+from __future__ import annotations
+
+from quantd.daemon.text.dialects.json_calls import JsonCallParser
+
+TAG = "<|python_tag|>"
+_BETWEEN = " \t\r\n;"
+
+
+class Llama3Parser(JsonCallParser):
+    def begin(self) -> bool:
+        """An object without a tag is a call only where the answer begins, or after a call."""
+        begin = len(self.text) - len(self.text.lstrip())
+        if begin == len(self.text):
+            return self._leave_to_prose() if self.ended else False
+        if self.text.startswith("{", begin):
+            self.prose(self.take(begin))
+            self.opening, self.state = "", self.object
+            return True
+        return self._leave_to_prose()
+
+    def _leave_to_prose(self) -> bool:
+        self.state = self._text
+        return True
+
+    def _text(self) -> bool:
+        if self.prose_until((TAG,)) is None:
+            return False
+        self.opening, self.state = TAG, self.object
+        return True
+
+    after_failure = _text
+
+    def after_object(self) -> bool:
+        """The object's closing brace, if the arguments were passed on before it."""
+        rest = self.text.lstrip()
+        if not rest and not self.ended:
+            return False
+        self.take(len(self.text) - len(rest) + rest.startswith("}"))
+        self.state = self._between
+        return True
+
+    def _between(self) -> bool:
+        rest = self.text.lstrip(_BETWEEN)
+        if not rest and not self.ended:
+            return False
+        self.take(len(self.text) - len(rest))
+        self.state = self.begin
+        return True

@@ -1,0 +1,75 @@
+"""Mistral: `[TOOL_CALLS][{"name": …, "arguments": {…}}, …]`, and since the Tekken tokenizers of
+2025 `[TOOL_CALLS]name[ARGS]{…}` for each call, in some with `[CALL_ID]…` before `[ARGS]`."""
+
+from __future__ import annotations
+
+import re
+
+from quantd.daemon.text.dialects.json_calls import JsonCallParser
+
+OPEN, CALL_ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
+_NAMED = re.compile(r"\s*([^\s\[{]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(?=\{)")
+
+
+class MistralParser(JsonCallParser):
+    _in_list = False
+
+    def begin(self) -> bool:
+        if self.prose_until((OPEN,)) is None:
+            return False
+        self.opening, self.state = OPEN, self._form
+        return True
+
+    def after_failure(self) -> bool:
+        self._in_list = False
+        return self.begin()
+
+    def _form(self) -> bool:
+        rest = self.text.lstrip()
+        if not rest:
+            return False
+        self._in_list = rest.startswith("[")
+        if self._in_list:
+            self.opening += self.take(len(self.text) - len(rest) + 1)
+            self.state = self.object
+        elif rest.startswith("{"):
+            self.state = self.object
+        else:
+            self.state = self._name
+        return True
+
+    def _name(self) -> bool:
+        head = _NAMED.match(self.text)
+        if head is None:
+            if not self.ended and "{" not in self.text:
+                return False
+            return self._no_name()
+        if head[1] not in self.tools:
+            return self._no_name()
+        self.take(head.end())
+        self.start(head[1])
+        self.arguments()
+        return True
+
+    def _no_name(self) -> bool:
+        self.prose(self.opening)
+        self.state = self.begin
+        return True
+
+    def after_object(self) -> bool:
+        if not self._in_list:
+            self.state = self.begin
+            return True
+        rest = self.text.lstrip()
+        if rest.startswith("}"):
+            rest = rest[1:].lstrip()
+        if not rest and not self.ended:
+            return False
+        self.take(len(self.text) - len(rest))
+        if rest.startswith(","):
+            self.opening = self.take(1)
+            self.state = self.object
+        else:
+            self.take(rest.startswith("]"))
+            self.state = self.after_failure
+        return True

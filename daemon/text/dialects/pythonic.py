@@ -1,0 +1,129 @@
+"""Llama 3.2, Llama 4 and others: the answer is `[name(key="value"), …]`, in Python's literals.
+
+A call's arguments become JSON at the call's end.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+
+from quantd.daemon.text.dialects.json_calls import dump
+from quantd.daemon.text.dialects.scan import Brackets, CallParser
+
+START, END = "<|python_start|>", "<|python_end|>"
+_LIST = re.compile(r"\s*(?:\Z|\[\s*(?:\Z|[A-Za-z_][\w.-]*\s*(?:\Z|\()))")
+"""The beginning of a list of calls, or what may become one."""
+_NAME = re.compile(r"\s*(?:\Z|([A-Za-z_][\w.-]*)\s*(?:\Z|(\()))")
+_JSON_NAMES = {"true": True, "false": False, "null": None}
+
+
+class PythonicParser(CallParser):
+    _brackets: Brackets | None = None
+    _num_scanned = 0
+    _opening = ""
+
+    def begin(self) -> bool:
+        """A list is one of calls only where the answer begins, or behind the mark."""
+        rest = self.text.lstrip()
+        if not self.ended and (not rest or (START.startswith(rest) and rest != START)):
+            return False
+        if rest.startswith("["):
+            self.prose(self.take(len(self.text) - len(rest)))
+            self.state = self._list
+        else:
+            self.state = self._text
+        return True
+
+    def _text(self) -> bool:
+        if self.prose_until((START,)) is None:
+            return False
+        self._opening, self.state = START, self._list
+        return True
+
+    def _list(self) -> bool:
+        found = _LIST.match(self.text)
+        if found is None or (found.end() == len(self.text) and self.ended):
+            return self._fail(0)
+        if found.end() == len(self.text) and not found[0].endswith("("):
+            return False
+        self._opening += self.take(self.text.index("[") + 1)
+        self.state = self._call
+        return True
+
+    def _call(self) -> bool:
+        found = _NAME.match(self.text)
+        if found is None or (self.ended and found[2] is None):
+            return self._fail(0)
+        if found[2] is None:
+            return False
+        if found[1] not in self.tools:
+            return self._fail(0)
+        if self._brackets is None:
+            self._brackets, self._num_scanned = Brackets("\"'"), found.end() - 1
+        end = self._brackets.end(self.text, self._num_scanned)
+        self._num_scanned = len(self.text)
+        if end is None:
+            return self._fail(len(self.text)) if self.ended else False
+        arguments = _arguments(self.text[found.end() - 1 : end])
+        if arguments is None:
+            return self._fail(end)
+        self._brackets = None
+        self.take(end)
+        self.start(found[1])
+        self.argue(arguments)
+        self._opening, self.state = "", self._between
+        return True
+
+    def _between(self) -> bool:
+        rest = self.text.lstrip()
+        if not rest:
+            return False
+        self.take(len(self.text) - len(rest))
+        if rest.startswith(","):
+            self._opening, self.state = self.take(1), self._call
+        else:
+            self.take(rest.startswith("]"))
+            self.state = self._end
+        return True
+
+    def _end(self) -> bool:
+        if not self.pass_mark(END):
+            return False
+        self.state = self._text
+        return True
+
+    def _fail(self, count: int) -> bool:
+        self._brackets = None
+        self.prose(self._opening + self.take(count))
+        self._opening, self.state = "", self._text
+        return True
+
+
+def _arguments(text: str) -> str | None:
+    """`(key=literal, …)` as a JSON object, or None."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about escapes that Python does not know
+            call = ast.parse(f"f{text}", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            return None
+        named = {keyword.arg: _value(keyword.value) for keyword in call.keywords}
+        if None in named or len(named) < len(call.keywords):
+            return None
+        return dump(named)
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        return None
+
+
+def _value(node: ast.expr) -> object:
+    """A literal; JSON's names are understood too."""
+    return ast.literal_eval(_Names().visit(node))
+
+
+class _Names(ast.NodeTransformer):
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        if node.id not in _JSON_NAMES:
+            return node
+        return ast.copy_location(ast.Constant(_JSON_NAMES[node.id]), node)
