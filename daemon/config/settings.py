@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from quantd.daemon.config.rules import (
     FilePath,
@@ -38,6 +38,9 @@ _FORMAT = Text(
 _DEVICE = Text(pattern=r"auto|cpu|cuda(:\d+)?", meaning='"auto", "cpu", "cuda" or "cuda:N"')
 
 Policy = Literal["fcfs", "priority", "sjf"]
+ToolDialect = Literal[
+    "auto", "none", "hermes", "llama3", "mistral", "pythonic", "qwen_coder", "harmony"
+]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "json", "console"]
 
@@ -210,6 +213,11 @@ class ModelSettings:
         Integer(low=1, high=4096, auto=True),
         'compute threads on a CPU; "auto": physical cores',
     ] = None
+    tool_dialect: Annotated[
+        ToolDialect,
+        OneOf(choices=get_args(ToolDialect)),
+        'how the model writes tool calls; "auto": as its chat template says; "none": not at all',
+    ] = "auto"
     keep_alive: Annotated[
         float,
         Seconds(low=0, high=365 * DAY, forever=True),

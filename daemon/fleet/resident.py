@@ -44,8 +44,8 @@ class LoadedExecutor(Executor, Protocol):
 
 
 StartExecutor = Callable[[LoadModel, OnProgress], Awaitable[LoadedExecutor]]
-LoadText = Callable[[Path, int | None], TextModel]
-"""(checkpoint, max_context); blocking, called in a thread."""
+LoadText = Callable[[Path, int | None, str], TextModel]
+"""(checkpoint, max_context, tool_dialect); blocking, called in a thread."""
 
 
 class FleetMetrics(Protocol):
@@ -128,7 +128,9 @@ class Loader:
 
     async def _load_text(self, model: ModelSettings) -> TextModel:
         try:
-            return await asyncio.to_thread(self.load_text, model.path, model.max_context)
+            return await asyncio.to_thread(
+                self.load_text, model.path, model.max_context, model.tool_dialect
+            )
         except Unavailable:
             raise
         except QuantdError as error:

@@ -214,6 +214,7 @@ def _submit(
     options, info, choices = made.options, lease.info, made.choices
     context = usable_context(info)
     shared = options.for_model(lease.text, info.vocab_size)
+    kept = frozenset(lease.text.special_marks.values()) if api.takes_parts else ()
     for prompt in made.prompts:
         for index in range(options.n):
             number = len(choices)
@@ -236,6 +237,7 @@ def _submit(
                 options.include_stop,
                 options.skip_special_tokens,
                 sampling.min_tokens,
+                kept,
             )
             parser = (
                 lease.text.answer_parser(prompt.ids, options.tools) if api.takes_parts else None

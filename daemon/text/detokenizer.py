@@ -14,7 +14,7 @@ of byte tokens until its last byte.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Protocol
 
 from quantd.daemon.text.vocabulary import PieceRule, Vocabulary
@@ -32,21 +32,34 @@ class Detokenizer(Protocol):
 
 
 def detokenizer(
-    vocabulary: Vocabulary, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True
+    vocabulary: Vocabulary,
+    prompt: Sequence[int] = (),
+    *,
+    skip_special_tokens: bool = True,
+    kept: Container[int] = (),
 ) -> Detokenizer:
     """A detokenizer of what follows the prompt. Nothing of the prompt is given out, but where it
-    ends in the middle of a character that the output completes, the character comes whole."""
+    ends in the middle of a character that the output completes, the character comes whole. kept:
+    special tokens that are shown also when others are skipped."""
     if vocabulary.rule is None:
-        return WindowDetokenizer(vocabulary, prompt, skip_special_tokens=skip_special_tokens)
-    return _PieceDetokenizer(vocabulary, vocabulary.rule, prompt, skip_special_tokens)
+        return WindowDetokenizer(
+            vocabulary, prompt, skip_special_tokens=skip_special_tokens, kept=kept
+        )
+    return _PieceDetokenizer(vocabulary, vocabulary.rule, prompt, skip_special_tokens, kept)
 
 
 class _PieceDetokenizer:
     def __init__(
-        self, vocabulary: Vocabulary, rule: PieceRule, prompt: Sequence[int], skip_special: bool
+        self,
+        vocabulary: Vocabulary,
+        rule: PieceRule,
+        prompt: Sequence[int],
+        skip_special: bool,
+        kept: Container[int],
     ) -> None:
         self._vocabulary = vocabulary
         self._skip_special = skip_special
+        self._kept = kept
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._first = not any(self._is_shown(token) for token in reversed(prompt))
         self._tail = b"" if self._first else self._incomplete_end(prompt)
@@ -67,7 +80,9 @@ class _PieceDetokenizer:
         return self._stripped(self._utf8.decode(b"", final=True))
 
     def _is_shown(self, token: int) -> bool:
-        return self._vocabulary.is_shown(token, skip_special_tokens=self._skip_special)
+        return self._vocabulary.is_shown(
+            token, skip_special_tokens=self._skip_special, kept=self._kept
+        )
 
     def _incomplete_end(self, prompt: Sequence[int]) -> bytes:
         """The bytes of an unfinished character at the prompt's end; a special token ends one."""

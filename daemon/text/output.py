@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from quantd.daemon.errors import RequestError
@@ -40,12 +40,17 @@ class OutputText:
         include_stop: bool = False,
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
+        kept: Container[int] = (),
     ) -> None:
-        """min_tokens: stop strings are looked for only in the text after so many tokens."""
+        """min_tokens: stop strings are looked for only in the text after so many tokens. kept:
+        special tokens that are shown also when others are skipped."""
         if not all(stop):
             raise RequestError("stop strings must not be empty", param="stop")
         self._detokenizer = detokenizer(
-            text_model.vocabulary, prompt_ids, skip_special_tokens=skip_special_tokens
+            text_model.vocabulary,
+            prompt_ids,
+            skip_special_tokens=skip_special_tokens,
+            kept=kept,
         )
         self._matcher = StopMatcher(stop, include_stop=include_stop)
         self._include_stop = include_stop

@@ -16,22 +16,30 @@ from quantd.daemon.gguf.place import find_gguf
 from quantd.daemon.gguf.reader import GgufError, open_gguf
 from quantd.daemon.gguf.tokenizer import build_tokenizer
 from quantd.daemon.gguf.tokenizer_metadata import read_tokenizer_metadata
-from quantd.daemon.text.answer import AnswerParser, PlainAnswer
+from quantd.daemon.text.answer import AnswerParser
 from quantd.daemon.text.chat_template import ChatTemplate
 from quantd.daemon.text.checkpoint import TextFiles, read_text_files
 from quantd.daemon.text.detokenizer import detokenizer
+from quantd.daemon.text.format import AnswerFormat
 from quantd.daemon.text.gguf_files import text_files
 from quantd.daemon.text.tools import Toolset
 from quantd.daemon.text.vocabulary import Vocabulary
-from quantd.daemon.types import TokenTable
+from quantd.daemon.types import Grammar, TokenTable
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+_END_TOKENS = 32
+"""Of a prompt: enough for a mark that opens reasoning, and the line ends after it."""
+
 
 class TextModel:
     def __init__(
-        self, tokenizer: Tokenizer, files: TextFiles, max_context: int | None = None
+        self,
+        tokenizer: Tokenizer,
+        files: TextFiles,
+        max_context: int | None = None,
+        tool_dialect: str = "auto",
     ) -> None:
         """Takes the tokenizer over and changes it: what files declare as added is added."""
         _complete(tokenizer, files)
@@ -45,23 +53,33 @@ class TextModel:
         )
         self.max_context = max_context if max_context is not None else files.max_context
         self._explicit_ends = _explicit_ends(files, self.bos_token_id, eos)
+        self.format = AnswerFormat.detect(files.chat_templates.values(), tool_dialect)
+        self.special_marks = {
+            mark: token
+            for mark in self.format.special
+            if (token := self._id(mark, None)) is not None and self.vocabulary.is_special(token)
+        }
+        """Special tokens that mark reasoning and calls, by their text."""
         self._templates = {
             name: ChatTemplate(source, named) for name, source in files.chat_templates.items()
         }
 
     @classmethod
-    def load(cls, path: Path, max_context: int | None = None) -> TextModel:
+    def load(
+        cls, path: Path, max_context: int | None = None, tool_dialect: str = "auto"
+    ) -> TextModel:
         """Blocking. Raises ModelRefused that names the file and what is wrong with it.
 
         path: a folder in the layout of transformers, a GGUF file (of several, the first), or a
-        folder with one GGUF model. max_context: None takes what the model says.
+        folder with one GGUF model. max_context: None takes what the model says. tool_dialect:
+        "auto" takes what the chat template says.
         """
         # Before the library is used: one text at a time gains nothing from its pool of threads.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
             gguf = find_gguf(path)
             if gguf is not None:
-                return cls(*_read_gguf(gguf), max_context)
+                return cls(*_read_gguf(gguf), max_context, tool_dialect)
         except GgufError as error:
             raise ModelRefused(str(error)) from error
         from tokenizers import Tokenizer
@@ -74,7 +92,7 @@ class TextModel:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
             raise ModelRefused(f"{file} cannot be read: {error}") from error
-        return cls(tokenizer, files, max_context)
+        return cls(tokenizer, files, max_context, tool_dialect)
 
     @property
     def vocab_size(self) -> int:
@@ -177,7 +195,17 @@ class TextModel:
 
     def answer_parser(self, prompt: Sequence[int], tools: Toolset | None) -> AnswerParser:
         """For what follows `prompt`, which may end inside of the model's reasoning."""
-        return PlainAnswer()
+        return self.format.parser(self._end_of(prompt), tools)
+
+    def answer_grammar(
+        self, prompt: Sequence[int], tools: Toolset | None, content: Grammar | None
+    ) -> Grammar | None:
+        """What the whole output after `prompt` may be, so that its calls are right and its content
+        obeys `content`. None: anything. Raises RequestError without a param."""
+        return self.format.grammar(self._end_of(prompt), tools, content, self.special_marks)
+
+    def _end_of(self, prompt: Sequence[int]) -> str:
+        return self.decode(prompt[-_END_TOKENS:], skip_special_tokens=False)
 
     def _id(self, token: str | None, otherwise: int | None) -> int | None:
         known: int | None = None if token is None else self._tokenizer.token_to_id(token)

@@ -24,3 +24,8 @@ class Toolset:
     """The answer is at least one call."""
     parallel: bool = True
     """More than one call is allowed."""
+
+    @property
+    def is_free(self) -> bool:
+        """Nothing needs to be enforced: any answer will do, and so will any arguments."""
+        return not self.required and self.parallel and not any(t.strict for t in self.tools)

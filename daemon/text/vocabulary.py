@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -115,10 +116,10 @@ class Vocabulary:
     def is_special(self, token: int) -> bool:
         return token in self.special
 
-    def is_shown(self, token: int, *, skip_special_tokens: bool) -> bool:
-        """Does the token take part in a text at all?"""
+    def is_shown(self, token: int, *, skip_special_tokens: bool, kept: Container[int] = ()) -> bool:
+        """Does the token take part in a text at all? kept: special tokens that are not skipped."""
         if token in self.special:
-            return not skip_special_tokens
+            return not skip_special_tokens or token in kept
         return bool(self.piece(token))
 
     def piece(self, token: int, *, first: bool = False) -> bytes:

@@ -6,7 +6,7 @@ so a model that emits malformed text costs no more than one that does not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from itertools import islice
 from os.path import commonprefix
 
@@ -19,10 +19,16 @@ _MAX_PENDING_TOKENS = 8
 
 class WindowDetokenizer:
     def __init__(
-        self, vocabulary: Vocabulary, prompt: Sequence[int], *, skip_special_tokens: bool
+        self,
+        vocabulary: Vocabulary,
+        prompt: Sequence[int],
+        *,
+        skip_special_tokens: bool,
+        kept: Container[int],
     ) -> None:
         self._vocabulary = vocabulary
         self._skip_special = skip_special_tokens
+        self._kept = kept
         shown = (token for token in reversed(prompt) if self._is_shown(token))
         self._context = list(islice(shown, _CONTEXT_TOKENS))[::-1]
         self._pending: list[int] = []
@@ -51,10 +57,11 @@ class WindowDetokenizer:
         return new
 
     def _is_shown(self, token: int) -> bool:
-        return self._vocabulary.is_shown(token, skip_special_tokens=self._skip_special)
+        return self._vocabulary.is_shown(
+            token, skip_special_tokens=self._skip_special, kept=self._kept
+        )
 
     def _decode(self, tokens: list[int]) -> str:
-        text: str = self._vocabulary.tokenizer.decode(
-            tokens, skip_special_tokens=self._skip_special
-        )
+        # Those that are to be skipped are not among them.
+        text: str = self._vocabulary.tokenizer.decode(tokens, skip_special_tokens=False)
         return text

@@ -96,7 +96,7 @@ class Bench:
             timing=Timing(self.clock, self.sleeper),
         )
 
-    def load_text(self, path: Path, max_context: int | None) -> Any:
+    def load_text(self, path: Path, max_context: int | None, tool_dialect: str) -> Any:
         self.texts.append(path)
         if self.text_error is not None:
             raise self.text_error

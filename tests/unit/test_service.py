@@ -59,7 +59,7 @@ def executors(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeExecutor]:
         return executor
 
     fake = functools.partial(
-        fleet.Fleet, start_executor=start, load_text=lambda path, limit: byte_text_model()
+        fleet.Fleet, start_executor=start, load_text=lambda path, limit, dialect: byte_text_model()
     )
     monkeypatch.setattr(fleet, "Fleet", fake)
     return started

@@ -11,7 +11,9 @@ import re
 from collections.abc import Callable, Sequence
 
 from quantd.daemon.text.answer import Part
+from quantd.daemon.text.dialects.dialect import Dialect, arguments_of
 from quantd.daemon.text.dialects.scan import CallParser, first_of, held
+from quantd.daemon.text.lark import Lark, one_of, quoted
 from quantd.daemon.text.tools import Toolset
 
 START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
@@ -97,3 +99,49 @@ class HarmonyParser(CallParser):
         if self._reasoning_begun is not None:
             self.reasoning_spans.append((self._reasoning_begun, self._place))
             self._reasoning_begun = None
+
+
+class Harmony(Dialect):
+    name = "harmony"
+    marks = MARKS
+    parser = HarmonyParser
+
+    def calls(self, lark: Lark, tools: Toolset) -> str:
+        """One, as its end is the end of the turn."""
+        text, again = self._parts(lark)
+        analysis = self._head(lark, "analysis")
+        return f"({analysis} {text} {again})* {self._call(lark, tools)}"
+
+    def prose_or_calls(self, lark: Lark, tools: Toolset) -> str:
+        return self._turn(lark, tools, self._parts(lark)[0])
+
+    def answer(self, lark: Lark, tools: Toolset, content: str | None) -> str:
+        if tools.required:
+            return self.calls(lark, tools)
+        return self._turn(lark, tools, content or self._parts(lark)[0])
+
+    def _turn(self, lark: Lark, tools: Toolset, final_text: str) -> str:
+        """Analysis and preambles, and then a call or the final message."""
+        text, again = self._parts(lark)
+        heads = one_of(self._head(lark, channel) for channel in ("analysis", "commentary"))
+        final = f"{self._head(lark, 'final')} {final_text}"
+        ends = [final, self._call(lark, tools)] if tools.tools else [final]
+        return f"({heads} {text} {again})* {one_of(ends)}"
+
+    def _parts(self, lark: Lark) -> tuple[str, str]:
+        """A message's text, and what leads from one message to the next."""
+        return lark.free_text(END), f'{lark.mark(END)} {lark.mark(START)} "assistant"'
+
+    def _head(self, lark: Lark, channel: str) -> str:
+        return f"{lark.mark(CHANNEL)} {quoted(channel)} {lark.mark(MESSAGE)}"
+
+    def _call(self, lark: Lark, tools: Toolset) -> str:
+        format = f'{lark.mark(CONSTRAIN)} "json" {lark.mark(MESSAGE)}'
+        return lark.rule(
+            "call",
+            " | ".join(
+                f"{lark.mark(CHANNEL)} {quoted(f'commentary to=functions.{tool.name} ')} {format}"
+                f" {arguments_of(lark, tool)}"
+                for tool in tools.tools
+            ),
+        )

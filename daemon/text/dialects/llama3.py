@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+from quantd.daemon.text.dialects.dialect import Dialect, json_object, listed
 from quantd.daemon.text.dialects.json_calls import JsonCallParser
+from quantd.daemon.text.lark import Lark, one_of
+from quantd.daemon.text.tools import Toolset
 
 TAG = "<|python_tag|>"
 _BETWEEN = " \t\r\n;"
@@ -49,3 +52,19 @@ class Llama3Parser(JsonCallParser):
         self.take(len(self.text) - len(rest))
         self.state = self.begin
         return True
+
+
+class Llama3(Dialect):
+    name = "llama3"
+    marks = (TAG,)
+    parser = Llama3Parser
+
+    def calls(self, lark: Lark, tools: Toolset) -> str:
+        one = json_object(lark, tools, "parameters")
+        calls = listed(tools, one, "; ")
+        return f"{lark.mark(TAG)}? {calls}" if lark.is_special(TAG) else calls
+
+    def prose_or_calls(self, lark: Lark, tools: Toolset) -> str:
+        """An answer that begins with a brace is a call."""
+        text = lark.free_text(TAG, not_first="{")
+        return one_of([text, self.calls(lark, tools)])

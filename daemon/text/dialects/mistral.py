@@ -5,7 +5,17 @@ from __future__ import annotations
 
 import re
 
+from quantd.daemon.text.dialects.dialect import (
+    Dialect,
+    arguments_of,
+    json_object,
+    listed,
+    repeated,
+    short_id,
+)
 from quantd.daemon.text.dialects.json_calls import JsonCallParser
+from quantd.daemon.text.lark import Lark, one_of, quoted
+from quantd.daemon.text.tools import Toolset
 
 OPEN, CALL_ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 _NAMED = re.compile(r"\s*([^\s\[{]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(?=\{)")
@@ -73,3 +83,32 @@ class MistralParser(JsonCallParser):
             self.take(rest.startswith("]"))
             self.state = self.after_failure
         return True
+
+
+class Mistral(Dialect):
+    name = "mistral"
+    marks = (OPEN, CALL_ID, ARGS)
+    parser = MistralParser
+
+    def new_id(self) -> str:
+        return short_id()
+
+    def calls(self, lark: Lark, tools: Toolset) -> str:
+        return self._calls(lark, tools, lark.mark(OPEN))
+
+    def prose_or_calls(self, lark: Lark, tools: Toolset) -> str:
+        return one_of([lark.free_text(OPEN), self._calls(lark, tools, lark.until(OPEN))])
+
+    def _calls(self, lark: Lark, tools: Toolset, begin: str) -> str:
+        """The newer form where the tokenizer has its mark."""
+        if not lark.is_special(ARGS):
+            one = json_object(lark, tools, "arguments")
+            return f'{begin} /\\s?/ "[" {listed(tools, one, ", ")} "]"'
+        one = lark.rule(
+            "named",
+            " | ".join(
+                f"{quoted(tool.name)} {lark.mark(ARGS)} {arguments_of(lark, tool)}"
+                for tool in tools.tools
+            ),
+        )
+        return repeated(tools, f"{begin} {one}", f"{lark.mark(OPEN)} {one}")

@@ -6,11 +6,16 @@ A call's arguments become JSON at the call's end.
 from __future__ import annotations
 
 import ast
+import keyword
 import re
 import warnings
 
+from quantd.daemon.text.dialects.dialect import Dialect, listed
+from quantd.daemon.text.dialects.flat import Parameter, flat_refusal, parameters_of
 from quantd.daemon.text.dialects.json_calls import dump
 from quantd.daemon.text.dialects.scan import Brackets, CallParser
+from quantd.daemon.text.lark import Lark, one_of, quoted
+from quantd.daemon.text.tools import Tool, Toolset
 
 START, END = "<|python_start|>", "<|python_end|>"
 _LIST = re.compile(r"\s*(?:\Z|\[\s*(?:\Z|[A-Za-z_][\w.-]*\s*(?:\Z|\()))")
@@ -109,7 +114,7 @@ def _arguments(text: str) -> str | None:
             call = ast.parse(f"f{text}", mode="eval").body
         if not isinstance(call, ast.Call) or call.args:
             return None
-        named = {keyword.arg: _value(keyword.value) for keyword in call.keywords}
+        named = {item.arg: _value(item.value) for item in call.keywords}
         if None in named or len(named) < len(call.keywords):
             return None
         return dump(named)
@@ -127,3 +132,58 @@ class _Names(ast.NodeTransformer):
         if node.id not in _JSON_NAMES:
             return node
         return ast.copy_location(ast.Constant(_JSON_NAMES[node.id]), node)
+
+
+class Pythonic(Dialect):
+    name = "pythonic"
+    marks = (START, END)
+    parser = PythonicParser
+
+    def refusal(self, tool: Tool) -> str | None:
+        return flat_refusal(tool.parameters, _is_name, "a name in Python")
+
+    def calls(self, lark: Lark, tools: Toolset) -> str:
+        one = lark.rule("call", " | ".join(self._call(lark, tool) for tool in tools.tools))
+        calls = f'"[" {listed(tools, one, ", ")} "]"'
+        if not lark.is_special(START):
+            return calls
+        return one_of([calls, f"{lark.mark(START)} {calls} {lark.mark(END)}"])
+
+    def prose_or_calls(self, lark: Lark, tools: Toolset) -> str:
+        """An answer that begins with a bracket is a call."""
+        text = lark.free_text(START, not_first="[")
+        return one_of([text, self.calls(lark, tools)])
+
+    def _call(self, lark: Lark, tool: Tool) -> str:
+        if not tool.strict:
+            argument = lark.rule("argument", f'/[A-Za-z_][A-Za-z0-9_]*/ "=" {lark.json({})}')
+            inner = f'({argument} (", " {argument})*)?'
+        else:
+            inner = self._arguments(lark, tool)
+        return f'{quoted(tool.name + "(")} {inner} ")"'
+
+    def _arguments(self, lark: Lark, tool: Tool) -> str:
+        """In the schema's order; those that are not required may be missing. Values are JSON,
+        which the parser takes, but for Python's names of true, false and null."""
+        further = lark.rule("further", '""')
+        first: list[str] = []
+        for parameter in reversed(parameters_of(tool.parameters)):
+            one = f"{quoted(parameter.key + '=')} {self._value(lark, parameter)}"
+            if parameter.required:
+                first = [f"{one} {further}"]
+                further = lark.rule("further", f'", " {one} {further}')
+            else:
+                first = [f"{one} {further}", *first]
+                further = lark.rule("further", f'(", " {one})? {further}')
+        if not any(parameter.required for parameter in parameters_of(tool.parameters)):
+            first.append('""')
+        return lark.rule("arguments", " | ".join(first))
+
+    def _value(self, lark: Lark, parameter: Parameter) -> str:
+        if parameter.schema == {"type": "boolean"}:
+            return one_of([quoted("True"), quoted("False")])
+        return lark.json(parameter.schema)
+
+
+def _is_name(key: str) -> bool:
+    return key.isidentifier() and key.isascii() and not keyword.iskeyword(key)

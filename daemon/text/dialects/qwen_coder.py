@@ -10,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from quantd.daemon.text.dialects.flat import Parameter, flat_refusal, is_string, parameters_of
+from quantd.daemon.text.dialects.hermes import CLOSE, OPEN, Hermes
 from quantd.daemon.text.dialects.json_calls import dump, load
 from quantd.daemon.text.dialects.scan import CallParser, first_of
+from quantd.daemon.text.lark import Lark, escaped, one_of, quoted
+from quantd.daemon.text.tools import Tool, Toolset
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
 FUNCTION, FUNCTION_END = "<function=", "</function>"
 PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
+_OF_STRINGS = {"type", "enum", "const", "title", "description", "default", "examples"}
 
 
 class QwenCoderParser(CallParser):
@@ -106,12 +110,52 @@ def as_json(value: str, schema: Any) -> str:
     return value.strip()
 
 
-def is_string(schema: Any) -> bool:
-    """Does the schema allow strings only?"""
-    if not isinstance(schema, Mapping):
-        return False
-    if "enum" in schema and isinstance(schema["enum"], list):
-        return all(isinstance(item, str) for item in schema["enum"])
-    if "const" in schema:
-        return isinstance(schema["const"], str)
-    return schema.get("type") in ("string", ["string"])
+class QwenCoder(Hermes):
+    name = "qwen_coder"
+    parser = QwenCoderParser
+
+    def refusal(self, tool: Tool) -> str | None:
+        reason = flat_refusal(tool.parameters, _is_key, "without line breaks, < and >")
+        if reason is not None:
+            return reason
+        for parameter in parameters_of(tool.parameters):
+            if is_string(parameter.schema):
+                unknown = sorted(parameter.schema.keys() - _OF_STRINGS)
+                if unknown:
+                    return f"properties.{parameter.key}: {unknown[0]} of a string is not supported"
+        return None
+
+    def body(self, lark: Lark, tools: Toolset) -> str:
+        return lark.rule("function", " | ".join(self._function(lark, t) for t in tools.tools))
+
+    def _function(self, lark: Lark, tool: Tool) -> str:
+        if tool.strict:
+            inner = " ".join(
+                one if parameter.required else f"({one})?"
+                for parameter in parameters_of(tool.parameters)
+                if (one := self._parameter(lark, parameter))
+            )
+        else:
+            inner = f'("{PARAMETER}" /[^<>\\s]+/ ">\\n" {self._string(lark)})*'
+        return f'{quoted(f"{FUNCTION}{tool.name}>")} "\\n" {inner} "{FUNCTION_END}"'
+
+    def _parameter(self, lark: Lark, parameter: Parameter) -> str:
+        """With the line end after it."""
+        schema = parameter.schema
+        if not is_string(schema):
+            value = f'{lark.json(schema)} "\\n{PARAMETER_END}\\n"'
+        elif "enum" in schema or "const" in schema:
+            texts = schema.get("enum", [schema.get("const")])
+            value = f'{one_of(map(quoted, texts))} "\\n{PARAMETER_END}\\n"'
+        else:
+            value = self._string(lark)
+        return lark.rule("parameter", f'{quoted(f"{PARAMETER}{parameter.key}>")} "\\n" {value}')
+
+    def _string(self, lark: Lark) -> str:
+        """Up to the first end of a parameter."""
+        text = lark.rule("string[lazy]", f"/(?s:.*)\\n{escaped(PARAMETER_END)}/")
+        return f'{text} "\\n"'
+
+
+def _is_key(key: str) -> bool:
+    return bool(key) and key == key.strip() and not set(key) & set("<>\r\n")
