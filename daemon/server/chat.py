@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 _DECODER = msgspec.json.Decoder(ChatBody)
 _API = Api("chatcmpl-", MappingProxyType({"prompt": "messages"}), takes_parts=True)
 _UNSERVED = (
-    "tool_choice",
     "functions",
     "function_call",
     "modalities",

@@ -73,6 +73,8 @@ class Choice:
         self.num_cached_tokens = 0
         self.num_reasoning_tokens = 0
         """Of num_tokens, once it has ended."""
+        self.num_failed_calls = 0
+        """As of the parser, once it has ended."""
         self.finish_reason: Finish | None = None
         self.prompt_logprobs: Sequence[TokenLogprob | None] = ()
         """Set by the first delta, when asked for."""
@@ -152,6 +154,7 @@ class Choice:
         self._offsets += offsets
         if delta.finish_reason is not None:
             delta.parts.extend(parser.flush())
+            self.num_failed_calls = parser.num_failed_calls
             if delta.finish_reason == "stop" and parser.num_calls:
                 delta.finish_reason = "tool_calls"
             self.num_reasoning_tokens = sum(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
 
 from quantd.daemon.errors import RequestError
 from quantd.daemon.server.sampling import refuse_unserved
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _MEDIA_PARTS = ("image_url", "input_audio", "audio_url", "video_url", "file", "image", "audio")
-_UNSERVED = ("tools", "chat_template", "documents")
+_UNSERVED = ("chat_template", "documents")
 _UNSERVED_IN_MESSAGE = ("function_call", "audio")
 _FIELDS = (
     "role",
@@ -82,6 +84,12 @@ def _check_message(message: Message, where: str) -> None:
             f"{where}.content must be a string or a list of parts, got null",
             param=f"{where}.content",
         )
+    for index, call in enumerate(message.tool_calls or ()):
+        function = call.get("function")
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not name:
+            field = f"{where}.tool_calls[{index}].function.name"
+            raise RequestError(f"{field}: this field is required, a string", param=field)
     if isinstance(message.content, list):
         for index, part in enumerate(message.content):
             _check_part(part, f"{where}.content[{index}]")
@@ -105,6 +113,7 @@ def encode_messages(
     text: TextModel,
     body: ChatBody | TokenizeBody,
     messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Json]] | None = None,
     extra: dict[str, Json] | None = None,
 ) -> list[int]:
     """The prompt's token ids. `extra` goes to the template beside chat_template_kwargs, which
@@ -113,15 +122,18 @@ def encode_messages(
     generates = body.add_generation_prompt
     return text.encode_chat(
         [_as_dict(message) for message in messages],
+        tools=tools,
         add_generation_prompt=not continues if generates is None else generates,
         continue_final_message=continues,
         **{**(extra or {}), **(body.chat_template_kwargs or {})},
     )
 
 
-def num_chars(messages: Sequence[Message]) -> int:
+def num_chars(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Json]] | None = None
+) -> int:
     """About how much text there is to tokenize."""
-    return sum(
+    return len(msgspec.json.encode(tools or ())) + sum(
         len(message.content)
         if isinstance(message.content, str)
         else sum(len(part.text or "") for part in message.content or ())

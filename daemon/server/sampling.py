@@ -98,7 +98,6 @@ def refuse_unserved(body: object, fields: Iterable[str]) -> None:
 
 
 _ASKS_FOR_NOTHING: Mapping[str, tuple[Json, ...]] = {
-    "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "length_penalty": (1, 1.0),

@@ -122,17 +122,18 @@ class ChatBody(GenerationBody, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Json] | None = None
     add_special_tokens: bool | None = None
+    tools: list[dict[str, Json]] | None = None
+    tool_choice: Json = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
 
     # Accepted and without effect
     prediction: Json = None
     verbosity: Json = None
-    parallel_tool_calls: bool | None = None
 
     # Refused by name until they are served, unless they ask for nothing
-    tools: Json = None
     chat_template: Json = None
     documents: Json = None
-    tool_choice: Json = None
     functions: Json = None
     function_call: Json = None
     modalities: list[str] | None = None
@@ -158,9 +159,9 @@ class TokenizeBody(Body, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Json] | None = None
     add_special_tokens: bool | None = None
+    tools: list[dict[str, Json]] | None = None
 
     # Refused by name until they are served, unless they ask for nothing
-    tools: Json = None
     chat_template: Json = None
     documents: Json = None
 

@@ -45,12 +45,14 @@ async def tokenize(request: web.Request) -> web.Response:
 
 
 def _size(body: TokenizeBody) -> int:
-    return num_chars(body.messages) if body.messages is not None else len(body.prompt or "")
+    if body.messages is not None:
+        return num_chars(body.messages, body.tools)
+    return len(body.prompt or "")
 
 
 def _encode(text: TextModel, body: TokenizeBody) -> list[int]:
     if body.messages is not None:
-        return encode_messages(text, body, body.messages)
+        return encode_messages(text, body, body.messages, body.tools)
     return text.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
 
 

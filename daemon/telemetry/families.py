@@ -33,6 +33,11 @@ _COUNTERS: tuple[tuple[str, str, Callable[[EngineMetrics], float]], ...] = (
     ),
     ("quantd_step_seconds", "Time spent in steps.", lambda engine: engine.step_seconds),
     (
+        "quantd_tool_call_retries",
+        "Answers that were made again because a tool call in them was not valid.",
+        lambda engine: engine.tool_call_retries,
+    ),
+    (
         "quantd_grammar_masks",
         "Tokens sampled under a grammar.",
         lambda engine: engine.masks,

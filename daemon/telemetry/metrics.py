@@ -96,6 +96,7 @@ class EngineMetrics:
     steps: int = 0
     step_tokens: int = 0
     step_seconds: float = 0.0
+    tool_call_retries: int = 0
     masks: int = 0
     mask_seconds: float = 0.0
     mask_wait_seconds: float = 0.0

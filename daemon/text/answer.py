@@ -59,6 +59,12 @@ class AnswerParser(Protocol):
         ...
 
     @property
+    def num_failed_calls(self) -> int:
+        """That were begun and are none: not readable, or of a function that is not among the
+        tools. Their text is content."""
+        ...
+
+    @property
     def reasoning_spans(self) -> Sequence[tuple[int, int]]:
         """Half-open ranges of characters of the fed text that were reasoning, marks included;
         complete after `flush`."""
@@ -68,7 +74,7 @@ class AnswerParser(Protocol):
 class PlainAnswer:
     """All of the text is content: a model without reasoning, asked without tools."""
 
-    num_calls = 0
+    num_calls = num_failed_calls = 0
     reasoning_spans: Sequence[tuple[int, int]] = ()
 
     def feed(self, text: str) -> Sequence[Part]:

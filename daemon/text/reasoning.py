@@ -47,6 +47,10 @@ class ReasoningParser:
         return self._inner.num_calls
 
     @property
+    def num_failed_calls(self) -> int:
+        return self._inner.num_failed_calls
+
+    @property
     def reasoning_spans(self) -> Sequence[tuple[int, int]]:
         return self._spans
 

@@ -24,8 +24,12 @@ class Toolset:
     """The answer is at least one call."""
     parallel: bool = True
     """More than one call is allowed."""
+    enforced: bool = False
+    """Also a free answer has a grammar: its calls can be read, whatever the model would say."""
 
     @property
     def is_free(self) -> bool:
         """Nothing needs to be enforced: any answer will do, and so will any arguments."""
-        return not self.required and self.parallel and not any(t.strict for t in self.tools)
+        if self.required or self.enforced or not self.parallel:
+            return False
+        return not any(tool.strict for tool in self.tools)

@@ -79,6 +79,7 @@ class HarmonyParser(CallParser):
         if self._has_content:
             self.prose("\n")
         self._has_content = True
+        self.num_failed_calls += function is not None
         if recipient:  # of something that is not ours: nothing of it is hidden
             self.prose(head + MESSAGE)
 

@@ -82,6 +82,7 @@ class JsonCallParser(CallParser):
 
     def _fail(self, count: int) -> bool:
         self._whole = None
+        self.num_failed_calls += bool(self.opening)  # else it was JSON, and maybe no call
         self.prose(self.opening + self.take(count))
         self.state = self.after_failure
         return True

@@ -62,6 +62,7 @@ class MistralParser(JsonCallParser):
         return True
 
     def _no_name(self) -> bool:
+        self.num_failed_calls += 1
         self.prose(self.opening)
         self.state = self.begin
         return True

@@ -60,20 +60,20 @@ class PythonicParser(CallParser):
     def _call(self) -> bool:
         found = _NAME.match(self.text)
         if found is None or (self.ended and found[2] is None):
-            return self._fail(0)
+            return self._fail_call(0)
         if found[2] is None:
             return False
         if found[1] not in self.tools:
-            return self._fail(0)
+            return self._fail_call(0)
         if self._brackets is None:
             self._brackets, self._num_scanned = Brackets("\"'"), found.end() - 1
         end = self._brackets.end(self.text, self._num_scanned)
         self._num_scanned = len(self.text)
         if end is None:
-            return self._fail(len(self.text)) if self.ended else False
+            return self._fail_call(len(self.text)) if self.ended else False
         arguments = _arguments(self.text[found.end() - 1 : end])
         if arguments is None:
-            return self._fail(end)
+            return self._fail_call(end)
         self._brackets = None
         self.take(end)
         self.start(found[1])
@@ -98,6 +98,10 @@ class PythonicParser(CallParser):
             return False
         self.state = self._text
         return True
+
+    def _fail_call(self, count: int) -> bool:
+        self.num_failed_calls += 1
+        return self._fail(count)
 
     def _fail(self, count: int) -> bool:
         self._brackets = None

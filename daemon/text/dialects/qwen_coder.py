@@ -40,6 +40,7 @@ class QwenCoderParser(CallParser):
         if not bracket and not self.ended and (begins or FUNCTION.startswith(rest)):
             return False
         if not begins or not bracket or name.strip() not in self.tools:
+            self.num_failed_calls += 1
             self.prose(OPEN)
             self.state = self.begin
             return True

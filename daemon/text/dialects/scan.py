@@ -112,6 +112,7 @@ class CallParser:
     def __init__(self, tools: Toolset, new_id: Callable[[], str]) -> None:
         self.tools = {tool.name: tool for tool in tools.tools}
         self.num_calls = 0
+        self.num_failed_calls = 0
         self.text = ""
         self.ended = False
         self.state: Callable[[], bool] = self.begin
