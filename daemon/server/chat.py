@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from types import MappingProxyType
@@ -12,11 +13,13 @@ from aiohttp import web
 
 from quantd.daemon.errors import RequestError
 from quantd.daemon.server.body import read_body
-from quantd.daemon.server.generate import Api, Generation, Prompt, Usage, collect, generation
+from quantd.daemon.server.context import CONTEXT
+from quantd.daemon.server.generate import Api, Generation, Prompt, Usage, generation
 from quantd.daemon.server.logprobs import ChatLogprobs, chat_logprobs
 from quantd.daemon.server.messages import check_messages, encode_messages, num_chars, off_loop
 from quantd.daemon.server.models import json_response
 from quantd.daemon.server.reply import ReplyMessage, delta_member, message
+from quantd.daemon.server.retry import collect_valid
 from quantd.daemon.server.sampling import (
     MAX_LOGPROBS,
     Options,
@@ -26,7 +29,8 @@ from quantd.daemon.server.sampling import (
 )
 from quantd.daemon.server.schemas import ChatBody
 from quantd.daemon.server.stream import ChunkTemplate, stream_generation, token_ids
-from quantd.daemon.text.answer import whole
+from quantd.daemon.server.tools import read_tools
+from quantd.daemon.text.answer import Reasoning, whole
 
 if TYPE_CHECKING:
     from quantd.daemon.server.choice import Delta
@@ -44,8 +48,6 @@ _UNSERVED = (
     "add_special_tokens",
 )
 
-_NOTHING = b'"delta":{"content":""}'
-
 
 class ChatChoice(msgspec.Struct):
     index: int
@@ -54,6 +56,8 @@ class ChatChoice(msgspec.Struct):
     finish_reason: str
     stop_reason: str | int | None
     token_ids: list[int] | msgspec.UnsetType
+    tool_call_retries: int | msgspec.UnsetType
+    """How often it was made again because of a call that was not valid."""
 
 
 class ChatReply(msgspec.Struct):
@@ -70,11 +74,14 @@ class ChatReply(msgspec.Struct):
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     body = await read_body(request, _DECODER)
     options = _read_options(body)
-    running = generation(request, body.model, options, _API, partial(_encode, body))
+    hides = body.include_reasoning is False
+    running = generation(request, body.model, options, _API, partial(_encode, body, options))
     if options.stream:
-        return await stream_generation(request, running, ChatChunks)
+        chunks = partial(ChatChunks, hides_reasoning=hides)
+        return await stream_generation(request, running, chunks)
     async with running as made:
-        return json_response(_reply(made, await collect(made)))
+        results = await collect_valid(made, request.app[CONTEXT].metrics)
+        return json_response(_reply(made, results, hides_reasoning=hides))
 
 
 def _read_options(body: ChatBody) -> Options:
@@ -87,16 +94,22 @@ def _read_options(body: ChatBody) -> Options:
     num_top = integer("top_logprobs", body.top_logprobs, 0, 0, MAX_LOGPROBS)
     if num_top and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
-    return read_options(body, max_tokens=max_tokens, logprobs=num_top if body.logprobs else None)
+    tools = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
+    options = read_options(body, max_tokens=max_tokens, logprobs=num_top if body.logprobs else None)
+    return dataclasses.replace(options, tools=tools)
 
 
-async def _encode(body: ChatBody, text: TextModel) -> list[Prompt]:
+async def _encode(body: ChatBody, options: Options, text: TextModel) -> list[Prompt]:
+    tools = None
+    if options.tools is not None:
+        options.tools.check(text.format)
+        tools = options.tools.shown
     extra = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
-    encode = partial(encode_messages, text, body, body.messages, extra)
-    return [Prompt(tuple(await off_loop(num_chars(body.messages), encode)))]
+    encode = partial(encode_messages, text, body, body.messages, tools, extra)
+    return [Prompt(tuple(await off_loop(num_chars(body.messages, tools), encode)))]
 
 
-def _reply(made: Generation, results: Sequence[Delta]) -> ChatReply:
+def _reply(made: Generation, results: Sequence[Delta], *, hides_reasoning: bool) -> ChatReply:
     options = made.options
     return ChatReply(
         id=made.id,
@@ -105,11 +118,12 @@ def _reply(made: Generation, results: Sequence[Delta]) -> ChatReply:
         choices=[
             ChatChoice(
                 index=result.index,
-                message=message(whole(result.parts)),
+                message=message(whole(result.parts), hides_reasoning=hides_reasoning),
                 logprobs=chat_logprobs(made.text, options, result.entries),
                 finish_reason=result.finish_reason or "stop",
                 stop_reason=result.stop_reason,
                 token_ids=token_ids(options, result),
+                tool_call_retries=1 if result.index in made.replaced else msgspec.UNSET,
             )
             for result in results
         ],
@@ -122,8 +136,9 @@ def _reply(made: Generation, results: Sequence[Delta]) -> ChatReply:
 class ChatChunks:
     """Deltas as chat.completion.chunk events."""
 
-    def __init__(self, made: Generation) -> None:
+    def __init__(self, made: Generation, *, hides_reasoning: bool) -> None:
         self._made = made
+        self._hides_reasoning = hides_reasoning
         self._template = ChunkTemplate(made, "chat.completion.chunk")
         self._begun: set[int] = set()
 
@@ -134,10 +149,14 @@ class ChatChunks:
         if index not in self._begun:
             self._begun.add(index)
             parts.append(template.chunk(index, b'"delta":{"role":"assistant","content":""}'))
-        shown = [delta_member(part) for part in delta.parts]
+        shown = delta.parts
+        if self._hides_reasoning:
+            shown = [part for part in shown if not isinstance(part, Reasoning)]
         if delta.entries:
-            parts.append(self._chunk_of_tokens(delta, shown.pop(0) if shown else _NOTHING))
-        parts += [template.chunk(index, member) for member in shown]
+            parts.append(self._chunk_of_tokens(delta, delta_member(*shown[:1])))
+            shown = shown[1:]
+        for part in shown:
+            parts.append(template.chunk(index, delta_member(part)))
         if delta.finish_reason is not None:
             parts.append(template.finish(b'"delta":{}', delta))
         return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -150,10 +150,10 @@ class Choice:
     def _parse(self, parser: AnswerParser, delta: Delta, offsets: Sequence[int]) -> None:
         """Fill in the delta's parts; at the end, count what was reasoning."""
         if delta.text:
-            delta.parts.extend(parser.feed(delta.text))
+            delta.parts = parser.feed(delta.text)
         self._offsets += offsets
         if delta.finish_reason is not None:
-            delta.parts.extend(parser.flush())
+            delta.parts = [*delta.parts, *parser.flush()]
             self.num_failed_calls = parser.num_failed_calls
             if delta.finish_reason == "stop" and parser.num_calls:
                 delta.finish_reason = "tool_calls"

@@ -10,7 +10,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,13 +18,10 @@ import msgspec
 from aiohttp import web
 
 from quantd.daemon.errors import DeadlineExceeded, RequestError
-from quantd.daemon.scheduler.admission import usable_context
 from quantd.daemon.server.choice import Choice, Delta
 from quantd.daemon.server.context import CALLER, CONTEXT
-from quantd.daemon.server.grammar import FieldGrammar
 from quantd.daemon.server.sampling import Options, check_ids
-from quantd.daemon.text import OutputText
-from quantd.daemon.types import Request
+from quantd.daemon.server.submit import Submitter
 
 if TYPE_CHECKING:
     from quantd.daemon.fleet import Fleet, Lease
@@ -77,8 +74,11 @@ class Generation:
     text: TextModel
     options: Options
     prompts: Sequence[Prompt]
+    submitter: Submitter
     choices: list[Choice]
     """Prompt by prompt: choice i belongs to prompt i // n."""
+    replaced: dict[int, Choice] = field(default_factory=dict)
+    """Choices that were made again, by index: the first one of each."""
 
     def prompt_of(self, index: int) -> Prompt:
         return self.prompts[index // self.options.n]
@@ -87,14 +87,18 @@ class Generation:
         """A prompt counts once, however many choices it has; so do its cached tokens, as its first
         choice found them."""
         num_prompt = sum(len(prompt.ids) for prompt in self.prompts)
-        num_completion = sum(choice.num_tokens for choice in self.choices)
-        num_cached = sum(choice.num_cached_tokens for choice in self.choices[:: self.options.n])
+        every = [*self.choices, *self.replaced.values()]
+        num_completion = sum(choice.num_tokens for choice in every)
+        num_cached = sum(
+            self.replaced.get(choice.index, choice).num_cached_tokens
+            for choice in self.choices[:: self.options.n]
+        )
         return Usage(
             num_prompt,
             num_completion,
             num_prompt + num_completion,
             CachedTokens(num_cached),
-            ReasoningTokens(sum(choice.num_reasoning_tokens for choice in self.choices)),
+            ReasoningTokens(sum(choice.num_reasoning_tokens for choice in every)),
         )
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
@@ -106,6 +110,17 @@ class Generation:
         else:
             async for delta in _interleave(self.choices):
                 yield delta
+
+    async def again(self, index: int) -> Choice:
+        """A choice that has ended once more, from the same prompt, with calls that can be read. It
+        takes the place of the first one, whose tokens stay counted."""
+        prompt = self.prompt_of(index).ids
+        grammar = await self.submitter.grammar(prompt, enforced=True)
+        choice = self.submitter.submit(
+            index, prompt, self.submitter.shared(), grammar, f"{self.id}-{index}-again"
+        )
+        self.replaced[index], self.choices[index] = self.choices[index], choice
+        return choice
 
     def abort(self) -> None:
         for choice in self.choices:
@@ -146,27 +161,28 @@ async def generation(
     is aborted whatever the reason: a client that left, a stop string, an error."""
     context = request.app[CONTEXT]
     came = context.clock.monotonic()
-    if options.grammar is not None:
-        await context.check_grammar(options.grammar)
+    for given in options.grammars():
+        await context.check_grammar(given)
     deadline = None if options.timeout is None else came + options.timeout
     async with await _lease(context.fleet, model, options.timeout) as lease:
-        if options.grammar is not None:
-            await _prepare(lease, options.grammar)
         arrival = context.clock.monotonic()
         vocab_size = lease.info.vocab_size
         prompts = [_checked(p, options, vocab_size, api) for p in await encode(lease.text)]
+        id = api.id_prefix + (options.request_id or uuid.uuid4().hex)
+        caller = request[CALLER]
         made = Generation(
-            id=api.id_prefix + (options.request_id or uuid.uuid4().hex),
+            id=id,
             created=int(context.clock.wall()),
             model=lease.name,
             text=lease.text,
             options=options,
             prompts=prompts,
+            submitter=Submitter(lease, options, api.takes_parts, id, arrival, deadline, caller),
             choices=[],
         )
         try:
             try:
-                _submit(made, lease, api, arrival, deadline, request[CALLER])
+                await _submit(made)
             except RequestError as error:
                 error.param = api.fields.get(error.param or "", error.param)
                 raise
@@ -200,50 +216,14 @@ async def _lease(fleet: Fleet, model: str | None, timeout: float | None) -> Leas
         ) from None
 
 
-async def _prepare(lease: Lease, given: FieldGrammar) -> None:
-    try:
-        await lease.prepare(given.grammar)
-    except RequestError as error:
-        raise RequestError(f"{given.field}: {error.message}", param=given.field) from error
-
-
-def _submit(
-    made: Generation, lease: Lease, api: Api, arrival: float, deadline: float | None, caller: str
-) -> None:
+async def _submit(made: Generation) -> None:
     """All or none: when a later one is refused, the caller's `finally` aborts the earlier ones."""
-    options, info, choices = made.options, lease.info, made.choices
-    context = usable_context(info)
-    shared = options.for_model(lease.text, info.vocab_size)
-    kept = frozenset(lease.text.special_marks.values()) if api.takes_parts else ()
+    submitter, shared = made.submitter, made.submitter.shared()
     for prompt in made.prompts:
-        for index in range(options.n):
-            number = len(choices)
-            sampling = options.sampling(shared, len(prompt.ids), context, index)
-            request = Request(
-                id=f"{made.id}-{number}",
-                prompt=prompt.ids,
-                sampling=sampling,
-                priority=options.priority,
-                arrival=arrival,
-                caller=caller,
-                cache_salt=options.cache_salt,
-                deadline=deadline,
-                timeout=options.timeout,
-            )
-            output = OutputText(
-                lease.text,
-                prompt.ids,
-                options.stop,
-                options.include_stop,
-                options.skip_special_tokens,
-                sampling.min_tokens,
-                kept,
-            )
-            parser = (
-                lease.text.answer_parser(prompt.ids, options.tools) if api.takes_parts else None
-            )
-            stream = lease.engine.submit(request)
-            choices.append(Choice(number, stream, output, parser, sampling, options))
+        grammar = await submitter.grammar(prompt.ids)
+        for _ in range(made.options.n):
+            number = len(made.choices)
+            made.choices.append(submitter.submit(number, prompt.ids, shared, grammar))
 
 
 async def collect(made: Generation) -> list[Delta]:

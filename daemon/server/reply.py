@@ -7,6 +7,7 @@ import msgspec
 from quantd.daemon.text.answer import CallStart, Content, Part, Reasoning, WholeAnswer
 
 _encode = msgspec.json.encode
+_NOTHING = Content("")
 
 
 class CallFunction(msgspec.Struct):
@@ -30,13 +31,14 @@ class ReplyMessage(msgspec.Struct):
     tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
-def message(answer: WholeAnswer) -> ReplyMessage:
+def message(answer: WholeAnswer, *, hides_reasoning: bool) -> ReplyMessage:
     """Content is null where the model said something else instead."""
+    reasoning = (not hides_reasoning and answer.reasoning) or msgspec.UNSET
     is_silent = not answer.content and (answer.calls or answer.reasoning)
     return ReplyMessage(
         content=None if is_silent else answer.content,
-        reasoning=answer.reasoning or msgspec.UNSET,
-        reasoning_content=answer.reasoning or msgspec.UNSET,
+        reasoning=reasoning,
+        reasoning_content=reasoning,
         tool_calls=[
             ToolCall(call.id, CallFunction(call.name, call.arguments)) for call in answer.calls
         ]
@@ -44,7 +46,7 @@ def message(answer: WholeAnswer) -> ReplyMessage:
     )
 
 
-def delta_member(part: Part) -> bytes:
+def delta_member(part: Part = _NOTHING) -> bytes:
     """One part as the `"delta":{…}` of a chunk."""
     if isinstance(part, Content):
         return b'"delta":{"content":' + _encode(part.text) + b"}"

@@ -22,8 +22,8 @@ from quantd.daemon.server.schemas import GenerationBody, Json
 from quantd.daemon.types import SamplingParams
 
 if TYPE_CHECKING:
+    from quantd.daemon.server.tools import ToolRequest
     from quantd.daemon.text import TextModel
-    from quantd.daemon.text.tools import Toolset
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 64
@@ -146,8 +146,13 @@ class Options:
     service_tier: str | None
     grammar: FieldGrammar | None
     """What constrains the output, and the field that says so."""
-    tools: Toolset | None = None
+    tools: ToolRequest | None = None
     """None: calls are not looked for."""
+
+    def grammars(self) -> list[FieldGrammar]:
+        """All that the body wants the output held to, to be checked before a model is there."""
+        given = [] if self.grammar is None else [self.grammar]
+        return given if self.tools is None else [*given, *self.tools.schemas()]
 
     def for_model(self, text: TextModel, vocab_size: int) -> SamplingParams:
         """What all choices share. Raises RequestError for ids outside the vocabulary."""
@@ -158,7 +163,6 @@ class Options:
         return msgspec.structs.replace(
             self.base,
             stop_token_ids=tuple(dict.fromkeys((*ends, *self.stop_token_ids))),
-            grammar=None if self.grammar is None else self.grammar.grammar,
             bad_words=_bad_word_ids(text, self.bad_words),
         )
 

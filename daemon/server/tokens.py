@@ -15,6 +15,7 @@ from quantd.daemon.server.messages import check_messages, encode_messages, num_c
 from quantd.daemon.server.models import json_response
 from quantd.daemon.server.sampling import token_ids
 from quantd.daemon.server.schemas import DetokenizeBody, TokenizeBody
+from quantd.daemon.server.tools import read_tools
 
 if TYPE_CHECKING:
     from quantd.daemon.text import TextModel
@@ -35,10 +36,13 @@ async def tokenize(request: web.Request) -> web.Response:
     body = await read_body(request, _TOKENIZE)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give either prompt or messages", param="prompt")
+    tools = read_tools(body.tools)
     if body.messages is not None:
         check_messages(body, body.messages)
     async with await context.fleet.lease(body.model) as lease:
         text: TextModel = lease.text
+        if tools is not None:
+            tools.check(text.format)
         tokens = await off_loop(_size(body), partial(_encode, text, body))
         strings = [text.token_text(token) for token in tokens] if body.return_token_strs else None
         return json_response(TokenizeReply(len(tokens), lease.info.max_context, tokens, strings))

@@ -45,11 +45,11 @@ class AnswerParser(Protocol):
     themselves and the white space around them.
     """
 
-    def feed(self, text: str) -> Sequence[Part]:
+    def feed(self, text: str) -> list[Part]:
         """What is decided by now; what may still turn out to be a mark is held back."""
         ...
 
-    def flush(self) -> Sequence[Part]:
+    def flush(self) -> list[Part]:
         """The end of the text, once: gives out what was held back."""
         ...
 
@@ -77,11 +77,11 @@ class PlainAnswer:
     num_calls = num_failed_calls = 0
     reasoning_spans: Sequence[tuple[int, int]] = ()
 
-    def feed(self, text: str) -> Sequence[Part]:
-        return (Content(text),) if text else ()
+    def feed(self, text: str) -> list[Part]:
+        return [Content(text)] if text else []
 
-    def flush(self) -> Sequence[Part]:
-        return ()
+    def flush(self) -> list[Part]:
+        return []
 
 
 @dataclass(slots=True)

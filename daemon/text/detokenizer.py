@@ -14,7 +14,7 @@ of byte tokens until its last byte.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Container, Sequence
+from collections.abc import Sequence, Set
 from typing import Protocol
 
 from quantd.daemon.text.vocabulary import PieceRule, Vocabulary
@@ -36,53 +36,45 @@ def detokenizer(
     prompt: Sequence[int] = (),
     *,
     skip_special_tokens: bool = True,
-    kept: Container[int] = (),
+    kept: Set[int] = frozenset(),
 ) -> Detokenizer:
     """A detokenizer of what follows the prompt. Nothing of the prompt is given out, but where it
     ends in the middle of a character that the output completes, the character comes whole. kept:
     special tokens that are shown also when others are skipped."""
+    hidden = vocabulary.hidden(skip_special_tokens=skip_special_tokens, kept=kept)
     if vocabulary.rule is None:
-        return WindowDetokenizer(
-            vocabulary, prompt, skip_special_tokens=skip_special_tokens, kept=kept
-        )
-    return _PieceDetokenizer(vocabulary, vocabulary.rule, prompt, skip_special_tokens, kept)
+        return WindowDetokenizer(vocabulary, prompt, hidden)
+    return _PieceDetokenizer(vocabulary, vocabulary.rule, prompt, hidden)
 
 
 class _PieceDetokenizer:
     def __init__(
-        self,
-        vocabulary: Vocabulary,
-        rule: PieceRule,
-        prompt: Sequence[int],
-        skip_special: bool,
-        kept: Container[int],
+        self, vocabulary: Vocabulary, rule: PieceRule, prompt: Sequence[int], hidden: Set[int]
     ) -> None:
         self._vocabulary = vocabulary
-        self._skip_special = skip_special
-        self._kept = kept
+        self._hidden = hidden
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._first = not any(self._is_shown(token) for token in reversed(prompt))
+        self._first = not any(
+            token not in hidden and vocabulary.piece(token) for token in reversed(prompt)
+        )
         self._tail = b"" if self._first else self._incomplete_end(prompt)
         prefix, times = rule.strip
         self._strip = prefix
         self._strips_left = times if self._first else 0
 
     def feed(self, token: int) -> str:
-        if not self._is_shown(token):
+        piece = b"" if token in self._hidden else self._vocabulary.piece(token)
+        if not piece:
             return ""
-        piece = self._vocabulary.piece(token, first=self._first)
-        self._first = False
+        if self._first:
+            piece = self._vocabulary.piece(token, first=True)
+            self._first = False
         if self._tail and piece:
             piece = self._joined(piece)
         return self._stripped(self._utf8.decode(piece))
 
     def flush(self) -> str:
         return self._stripped(self._utf8.decode(b"", final=True))
-
-    def _is_shown(self, token: int) -> bool:
-        return self._vocabulary.is_shown(
-            token, skip_special_tokens=self._skip_special, kept=self._kept
-        )
 
     def _incomplete_end(self, prompt: Sequence[int]) -> bytes:
         """The bytes of an unfinished character at the prompt's end; a special token ends one."""

@@ -36,7 +36,9 @@ class Lark:
     def source(self, start: str) -> str:
         """The whole grammar; `start` is the right side of its first rule."""
         rules = {"start": start, **self._rules}
-        return "".join(f"{name}: {body}\n" for name, body in rules.items())
+        return '%llguidance {"no_forcing": true}\n' + "".join(
+            f"{name}: {body}\n" for name, body in rules.items()
+        )
 
     def rule(self, name: str, body: str) -> str:
         """Adds a rule and returns its name; a name of capitals makes a terminal. Equal rules are

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from quantd.daemon.errors import RequestError
@@ -40,7 +40,7 @@ class OutputText:
         include_stop: bool = False,
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
-        kept: Container[int] = (),
+        kept: Set[int] = frozenset(),
     ) -> None:
         """min_tokens: stop strings are looked for only in the text after so many tokens. kept:
         special tokens that are shown also when others are skipped."""

@@ -54,11 +54,11 @@ class ReasoningParser:
     def reasoning_spans(self) -> Sequence[tuple[int, int]]:
         return self._spans
 
-    def feed(self, text: str) -> Sequence[Part]:
+    def feed(self, text: str) -> list[Part]:
         self._text += text
         return self._stage()
 
-    def flush(self) -> Sequence[Part]:
+    def flush(self) -> list[Part]:
         self._ended = True
         parts = self._stage()
         if self._stage == self._reason:
@@ -70,11 +70,11 @@ class ReasoningParser:
         self._place += count
         return taken
 
-    def _begin(self) -> Sequence[Part]:
+    def _begin(self) -> list[Part]:
         """An answer reasons only where it begins."""
         rest = self._text.lstrip()
         if not self._ended and self._marks.open.startswith(rest) and rest != self._marks.open:
-            return ()
+            return []
         if not rest.startswith(self._marks.open):
             self._stage = self._pass
             return self._pass()
@@ -83,7 +83,7 @@ class ReasoningParser:
         self._stage = self._reason
         return self._reason()
 
-    def _reason(self) -> Sequence[Part]:
+    def _reason(self) -> list[Part]:
         close = self._marks.close
         end = self._text.find(close)
         if end >= 0:
@@ -98,18 +98,18 @@ class ReasoningParser:
             count = len(self._text[:count].rstrip("\n"))
         return self._shown(self._take(count))
 
-    def _shown(self, text: str) -> Sequence[Part]:
+    def _shown(self, text: str) -> list[Part]:
         if not self._is_begun:
             text = text.lstrip("\n")
         self._is_begun = self._is_begun or bool(text)
-        return (Reasoning(text),) if text else ()
+        return [Reasoning(text)] if text else []
 
-    def _after(self) -> Sequence[Part]:
+    def _after(self) -> list[Part]:
         self._take(len(self._text) - len(self._text.lstrip("\n")))
         if not self._text:
-            return ()
+            return []
         self._stage = self._pass
         return self._pass()
 
-    def _pass(self) -> Sequence[Part]:
+    def _pass(self) -> list[Part]:
         return self._inner.feed(self._take(len(self._text)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -116,11 +116,9 @@ class Vocabulary:
     def is_special(self, token: int) -> bool:
         return token in self.special
 
-    def is_shown(self, token: int, *, skip_special_tokens: bool, kept: Container[int] = ()) -> bool:
-        """Does the token take part in a text at all? kept: special tokens that are not skipped."""
-        if token in self.special:
-            return not skip_special_tokens or token in kept
-        return bool(self.piece(token))
+    def hidden(self, *, skip_special_tokens: bool, kept: Set[int] = frozenset()) -> Set[int]:
+        """Special tokens that take no part in a text. kept: those that are not skipped."""
+        return self.special - kept if skip_special_tokens else frozenset()
 
     def piece(self, token: int, *, first: bool = False) -> bytes:
         """The bytes of a token; `first`: where it begins a text."""

@@ -6,7 +6,7 @@ so a model that emits malformed text costs no more than one that does not.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence, Set
 from itertools import islice
 from os.path import commonprefix
 
@@ -18,17 +18,10 @@ _MAX_PENDING_TOKENS = 8
 
 
 class WindowDetokenizer:
-    def __init__(
-        self,
-        vocabulary: Vocabulary,
-        prompt: Sequence[int],
-        *,
-        skip_special_tokens: bool,
-        kept: Container[int],
-    ) -> None:
+    def __init__(self, vocabulary: Vocabulary, prompt: Sequence[int], hidden: Set[int]) -> None:
+        """hidden: tokens that take no part in the text."""
         self._vocabulary = vocabulary
-        self._skip_special = skip_special_tokens
-        self._kept = kept
+        self._hidden = hidden
         shown = (token for token in reversed(prompt) if self._is_shown(token))
         self._context = list(islice(shown, _CONTEXT_TOKENS))[::-1]
         self._pending: list[int] = []
@@ -57,9 +50,7 @@ class WindowDetokenizer:
         return new
 
     def _is_shown(self, token: int) -> bool:
-        return self._vocabulary.is_shown(
-            token, skip_special_tokens=self._skip_special, kept=self._kept
-        )
+        return token not in self._hidden and bool(self._vocabulary.piece(token))
 
     def _decode(self, tokens: list[int]) -> str:
         # Those that are to be skipped are not among them.

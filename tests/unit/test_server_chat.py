@@ -180,9 +180,6 @@ async def test_nulls_are_defaults() -> None:
 
 
 UNSERVED: list[tuple[str, Any]] = [
-    ("tools", [{"type": "function", "function": {"name": "f"}}]),
-    ("tool_choice", "required"),
-    ("tool_choice", {"type": "function", "function": {"name": "f"}}),
     ("functions", [{"name": "f"}]),
     ("function_call", {"name": "f"}),
     ("guided_whitespace_pattern", " "),

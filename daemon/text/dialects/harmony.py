@@ -8,7 +8,7 @@ is reasoning, the final channel is content, and so is the commentary, unless it 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from quantd.daemon.text.answer import Part
 from quantd.daemon.text.dialects.dialect import Dialect, arguments_of
@@ -40,7 +40,7 @@ class HarmonyParser(CallParser):
         self._place += count
         return super().take(count)
 
-    def flush(self) -> Sequence[Part]:
+    def flush(self) -> list[Part]:
         parts = super().flush()
         self._end_reasoning()
         return parts

@@ -124,22 +124,22 @@ class CallParser:
         """The first state."""
         raise NotImplementedError
 
-    def feed(self, text: str) -> Sequence[Part]:
+    def feed(self, text: str) -> list[Part]:
         self.text += text
         return self._run()
 
-    def flush(self) -> Sequence[Part]:
+    def flush(self) -> list[Part]:
         self.ended = True
         self._run()
         self.say(self._prose.end())
         return self._taken()
 
-    def _run(self) -> Sequence[Part]:
+    def _run(self) -> list[Part]:
         while self.text and self.state():
             pass
-        return () if self.ended else self._taken()
+        return [] if self.ended else self._taken()
 
-    def _taken(self) -> Sequence[Part]:
+    def _taken(self) -> list[Part]:
         parts, self._parts = self._parts, []
         return parts
 

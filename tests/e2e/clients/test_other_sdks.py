@@ -37,13 +37,13 @@ def run(command: list[str], environment: dict[str, str], folder: Path) -> str:
 
 @pytest.mark.skipif(not FORMER.is_dir(), reason=f"no {FORMER}; `make test` makes it")
 def test_former_openai(environment: dict[str, str]) -> None:
-    """The suite of the present generation, word for word."""
+    """The suites of the present generation, word for word."""
     path = os.pathsep.join([str(FORMER), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    suite = str(HERE / "test_openai_sdk.py")
+    suites = [str(HERE / name) for name in ("test_openai_sdk.py", "test_openai_tools.py")]
     root = HERE.parents[2]
     which = [sys.executable, "-c", "import openai; print(openai.__version__)"]
     assert run(which, environment | {"PYTHONPATH": path}, root).startswith("2.")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", suite]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *suites]
     output = run(command, environment | {"PYTHONPATH": path}, root)
     assert " passed" in output and "skipped" not in output, output
 

@@ -1,0 +1,49 @@
+"""Calls that nothing has held to be valid: with `"strict": false` a model writes them freely.
+
+An answer with a call that cannot be read, of a function that there is not, or with arguments that
+are no JSON object, is made again, once, under a grammar; so the second one has none, unless it is
+cut off. A stream shows what comes, and nothing is made again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from quantd.daemon.server.choice import Delta
+from quantd.daemon.server.generate import Generation, collect
+from quantd.daemon.text.answer import whole
+
+if TYPE_CHECKING:
+    from quantd.daemon.telemetry.metrics import Metrics
+
+
+async def collect_valid(made: Generation, metrics: Metrics) -> list[Delta]:
+    """`collect`, and again for what was not valid. The tokens of both count."""
+    results = await collect(made)
+    tools = made.options.tools
+    if tools is None or not tools.toolset.is_free:
+        return results
+    for index, result in enumerate(results):
+        if result.finish_reason == "length" or is_valid(made, result):
+            continue
+        metrics.engine(made.model).tool_call_retries += 1
+        choice = await made.again(index)
+        results[index] = Delta(index)
+        while choice.finish_reason is None:
+            results[index].add(await choice.next())
+    return results
+
+
+def is_valid(made: Generation, result: Delta) -> bool:
+    if made.choices[result.index].num_failed_calls:
+        return False
+    return all(_is_object(call.arguments) for call in whole(result.parts).calls)
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(msgspec.json.decode(text), dict)
+    except (msgspec.DecodeError, RecursionError):
+        return False
