@@ -235,6 +235,7 @@ def test_text_without_calls_stays_as_it_is(dialect: str, text: str) -> None:
         '{"type": "function", "name": "f", "parameters": {"n": 1}}',
         '{"name": "f", "arguments": "{\\"n\\": 1}"}',
         '{ "name" :"f" , "arguments"\n: {"n": 1} }',
+        '{"name": "f", "arguments": {"n": 1}, "id": "a}1", "more": [{}]}',
     ],
 )
 def test_other_orders_of_keys(dialect: str, text: str) -> None:
@@ -304,6 +305,10 @@ def test_xml_values_become_json_by_the_schema() -> None:
         '{"city": "12 \\"x\\"\\n</b>", "n": 12, "any": {"a": 1}, "unit": "C", "list": "oops"}',
         "{}",
     ]
+    values = {"n": "True", "any": " None\n", "list": "[1 ]"}
+    assert read("qwen_coder", xml("f", **values)).calls[0].arguments == (
+        '{"n": true, "any": null, "list": [1 ]}'
+    )
     assert read("qwen_coder", xml("other", n="1")) == WholeAnswer(content=xml("other", n="1"))
 
 

@@ -34,9 +34,20 @@ def test_dialects_by_template(name: str) -> None:
     assert AnswerFormat.detect(["no sign"], name).dialect is BY_NAME[name]
 
 
+def test_llama_4_has_two_templates() -> None:
+    template = '<|header_start|>{{ tools }}<|python_start|>{"name": ", "parameters": '
+    assert AnswerFormat.detect([template]).dialect is BY_NAME["llama3"]
+    asked = template + "[func_name1(params_name1=params_value1)]"
+    assert AnswerFormat.detect([asked]).dialect is BY_NAME["pythonic"]
+
+
 def test_unknown_ways_are_not_taken_for_known_ones() -> None:
-    other = "{{ tools }}<tool_call>' + name + '<arg_key>' + arguments"
-    assert AnswerFormat.detect([other]).dialect is None
+    others = (
+        "{{ tools }}<tool_call>' + name + '<arg_key>' + arguments",
+        "{{ tools }}<seed:tool_call>\n<function=' + name + '>\n<parameter=' + key",
+    )
+    for other in others:
+        assert AnswerFormat.detect([other]).dialect is None
     assert AnswerFormat.detect([]).dialect is None
 
 

@@ -220,6 +220,14 @@ def test_not_strict(name: str) -> None:
     assert setting.allows(mixed, text)
 
 
+def test_ids_of_mistral_may_be_there() -> None:
+    setting = SETTINGS["mistral, named"]
+    grammar = setting.grammar(Toolset(TOOLS, required=True))
+    text = "[TOOL_CALLS]now-utc[CALL_ID]a1B2c3D4e[ARGS]{}"
+    assert setting.allows(grammar, text)
+    assert [made.name for made in setting.read(Toolset(TOOLS), text).calls] == ["now-utc"]
+
+
 def test_what_looks_like_a_mark_is_no_text() -> None:
     """A mark that is a special token, in ordinary characters."""
     setting = SETTINGS["mistral"]

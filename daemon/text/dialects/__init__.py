@@ -17,10 +17,11 @@ BY_NAME: Mapping[str, Dialect] = {
 _SIGNS = (
     ("harmony", ("<|channel|>", "<|message|>")),
     ("mistral", ("[TOOL_CALLS]",)),
-    ("qwen_coder", ("<function=", "<parameter=")),
+    ("qwen_coder", ("<tool_call>", "<function=", "<parameter=")),
     ("hermes", ("<tool_call>", "arguments")),
     ("pythonic", ("[func_name1(",)),
     ("llama3", ("<|start_header_id|>", '"parameters"')),
+    ("llama3", ("<|header_start|>", '"parameters"')),
 )
 """What a template that writes calls so has in it; the first that fits."""
 _UNKNOWN = ("<arg_key>",)

@@ -25,16 +25,6 @@ class HermesParser(JsonCallParser):
     after_failure = begin
 
     def after_object(self) -> bool:
-        """The object's own brace, if the arguments were passed on before it."""
-        rest = self.text.lstrip()
-        if rest.startswith("}"):
-            self.take(len(self.text) - len(rest) + 1)
-        elif not rest:
-            return False
-        self.state = self._close
-        return True
-
-    def _close(self) -> bool:
         if not self.pass_mark(CLOSE):
             return False
         self.state = self.begin

@@ -25,7 +25,7 @@ class JsonCallParser(CallParser):
     _num_scanned = 0
 
     def after_object(self) -> bool:
-        """The state after a call; the object's own closing brace may still be to come."""
+        """The state after a call's object."""
         raise NotImplementedError
 
     def after_failure(self) -> bool:
@@ -55,6 +55,34 @@ class JsonCallParser(CallParser):
             self.argue(self.take(len(self.text)))
             return False
         self.argue(self.take(end))
+        self.state = self._close
+        return True
+
+    def _close(self) -> bool:
+        """Behind arguments that were passed on: the end of their object, maybe further keys."""
+        rest = self.text.lstrip()
+        if not rest:
+            return False
+        if rest.startswith(","):
+            key = rest[1:].lstrip()
+            if not key:
+                return False
+            if key.startswith('"'):
+                self._arguments = Brackets(depth=1)
+                self.state = self._skip_keys
+                return True
+        if rest.startswith("}"):
+            self.take(len(self.text) - len(rest) + 1)
+        self.state = self.after_object
+        return True
+
+    def _skip_keys(self) -> bool:
+        """Ids, mostly; ours are others."""
+        end = self._arguments.end(self.text)
+        if end is None:
+            self.take(len(self.text))
+            return False
+        self.take(end)
         self.state = self.after_object
         return True
 

@@ -1,4 +1,4 @@
-"""Llama 3.1 and after: the answer is `{"name": …, "parameters": {…}}`, maybe behind
+"""Llama 3.1 to 4: the answer is `{"name": …, "parameters": {…}}`, maybe behind
 `<|python_tag|>`; further calls come after `;`."""
 
 from __future__ import annotations
@@ -37,15 +37,6 @@ class Llama3Parser(JsonCallParser):
     after_failure = _text
 
     def after_object(self) -> bool:
-        """The object's closing brace, if the arguments were passed on before it."""
-        rest = self.text.lstrip()
-        if not rest and not self.ended:
-            return False
-        self.take(len(self.text) - len(rest) + rest.startswith("}"))
-        self.state = self._between
-        return True
-
-    def _between(self) -> bool:
         rest = self.text.lstrip(_BETWEEN)
         if not rest and not self.ended:
             return False

@@ -72,8 +72,6 @@ class MistralParser(JsonCallParser):
             self.state = self.begin
             return True
         rest = self.text.lstrip()
-        if rest.startswith("}"):
-            rest = rest[1:].lstrip()
         if not rest and not self.ended:
             return False
         self.take(len(self.text) - len(rest))
@@ -105,10 +103,11 @@ class Mistral(Dialect):
         if not lark.is_special(ARGS):
             one = json_object(lark, tools, "arguments")
             return f'{begin} /\\s?/ "[" {listed(tools, one, ", ")} "]"'
+        id = f"({lark.mark(CALL_ID)} /[A-Za-z0-9]{{9}}/)?" if lark.is_special(CALL_ID) else ""
         one = lark.rule(
             "named",
             " | ".join(
-                f"{quoted(tool.name)} {lark.mark(ARGS)} {arguments_of(lark, tool)}"
+                f"{quoted(tool.name)} {id} {lark.mark(ARGS)} {arguments_of(lark, tool)}"
                 for tool in tools.tools
             ),
         )

@@ -1,4 +1,4 @@
-"""Llama 3.2, Llama 4 and others: the answer is `[name(key="value"), …]`, in Python's literals.
+"""Llama 3.2 and 4 by some of their templates: the answer is `[name(key="value"), …]`, in Python's literals.
 
 A call's arguments become JSON at the call's end.
 """

@@ -19,6 +19,8 @@ from quantd.daemon.text.tools import Tool, Toolset
 
 FUNCTION, FUNCTION_END = "<function=", "</function>"
 PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
+_PYTHON = {"True": "true", "False": "false", "None": "null"}
+"""Templates that print Python's values have taught models these."""
 _OF_STRINGS = {"type", "enum", "const", "title", "description", "default", "examples"}
 
 
@@ -104,6 +106,7 @@ def as_json(value: str, schema: Any) -> str:
     """A bare value as JSON: a string where only strings are allowed or where it is not JSON."""
     if is_string(schema):
         return dump(value)
+    value = _PYTHON.get(value.strip(), value)
     try:
         load(value)
     except (ValueError, RecursionError):

@@ -27,12 +27,13 @@ def first_of(text: str, marks: Sequence[str]) -> tuple[int, str] | None:
 class Brackets:
     """Finds where a bracketed value ends: brackets in quotes do not count."""
 
-    def __init__(self, quotes: str = '"') -> None:
+    def __init__(self, quotes: str = '"', depth: int = 0) -> None:
+        """depth: how many brackets have been opened before the text."""
         self._outside = re.compile(rf"[{{}}\[\](){quotes}]")
         self._quotes = quotes
         self._quote = ""
         self._escaped = False
-        self._depth = 0
+        self._depth = depth
 
     def end(self, text: str, start: int = 0) -> int | None:
         """The place after the closing bracket in `text`, which goes on where the text of the call
