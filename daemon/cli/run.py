@@ -96,28 +96,33 @@ class Chat:
             self._history.append({"role": "system", "content": self._system})
 
     def ask(self, text: str) -> None:
-        """Streams the answer to stdout. Raises ClientError; KeyboardInterrupt stops the answer."""
+        """Streams the answer to stdout, and the reasoning before it to a terminal on stderr.
+        Raises ClientError; KeyboardInterrupt stops the answer."""
         messages = [*self._history, {"role": "user", "content": text}]
         body = {"model": self._model, "messages": messages, "stream": True, **self._options}
-        answer = ""
+        answer, thought = "", False
         with contextlib.closing(self._daemon.stream("/v1/chat/completions", body)) as events:
-            for part in _show_first(events, f"waiting for {self._model}"):
-                answer += part
-                sys.stdout.write(part)
-                sys.stdout.flush()
+            for delta in _show_first(events, f"waiting for {self._model}"):
+                if (reasoning := delta.get("reasoning")) and sys.stderr.isatty():
+                    thought = True
+                    print(reasoning, end="", file=sys.stderr, flush=True)
+                if part := delta.get("content"):
+                    if thought and not answer:
+                        print("\n", file=sys.stderr, flush=True)
+                    answer += part
+                    print(part, end="", flush=True)
         print()
         self._history = [*messages, {"role": "assistant", "content": answer}]
 
 
-def _show_first(events: Iterator[dict[str, Any]], waiting: str) -> Iterator[str]:
-    """The answer's pieces; a spinner turns until the first."""
+def _show_first(events: Iterator[dict[str, Any]], waiting: str) -> Iterator[dict[str, Any]]:
+    """The deltas that say something; a spinner turns until the first."""
     with Spinner(waiting) as spinner:
         for event in events:
             for choice in event["choices"]:
-                text = choice["delta"].get("content")
-                if text:
+                if any(choice["delta"].get(kind) for kind in ("content", "reasoning")):
                     spinner.stop()
-                    yield text
+                    yield choice["delta"]
 
 
 def _converse(chat: Chat, model: str) -> int:

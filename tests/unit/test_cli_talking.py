@@ -18,7 +18,7 @@ FAKE = Path(__file__).parents[1] / "fixtures/fake_daemon.py"
 
 
 class Daemon:
-    """A daemon that serves `ok`, `stuck` and `broken`, none of them preloaded."""
+    """A daemon that serves `ok`, `stuck`, `broken` and `thinks`, none of them preloaded."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -26,7 +26,7 @@ class Daemon:
         config = folder / "config.toml"
         tables = "".join(
             f"[models.{name}]\npath = '{name}'\npreload = false\n"
-            for name in ("ok", "stuck", "broken")
+            for name in ("ok", "stuck", "broken", "thinks")
         )
         config.write_text(f"{tables}\n[models.ok2]\npath = 'ok'\naliases = ['second']\n")
         self.config = config
@@ -93,7 +93,13 @@ def test_a_model_that_fails_shows_why(daemon: Daemon) -> None:
 def test_ps_as_json_and_over_tcp(daemon: Daemon) -> None:
     status, out, _ = daemon.quantd("ps", "--json")
     assert status == 0
-    assert [model["name"] for model in json.loads(out)] == ["ok", "stuck", "broken", "ok2"]
+    assert [model["name"] for model in json.loads(out)] == [
+        "ok",
+        "stuck",
+        "broken",
+        "thinks",
+        "ok2",
+    ]
     status, out, _ = daemon.quantd("ps", tcp=True)
     assert rows(out)["stuck"][1] == "cold"
 
@@ -149,6 +155,14 @@ def test_run_takes_what_is_piped_in(daemon: Daemon) -> None:
     assert answer("ok", "look:", stdin="text\n") == answer("ok", "look:\n\ntext")
     assert answer("only a prompt") == answer("ok", "only a prompt"), "the first model is meant"
     assert answer("ok", "a question", "--system", "be brief") != answer("ok", "a question")
+
+
+def test_reasoning_is_for_who_watches(daemon: Daemon) -> None:
+    status, out, err = daemon.quantd("run", "thinks", "hi")
+    assert (status, out, err) == (0, "yes\n", "")
+    terminal = Terminal("run", "thinks", "hi", "--socket", str(daemon.socket))
+    assert terminal.until("yes").split() == ["why"]
+    assert terminal.wait() == 0
 
 
 def test_run_says_what_is_wrong(daemon: Daemon) -> None:

@@ -1,4 +1,4 @@
-"""Llama 3.2 and 4 by some of their templates: the answer is `[name(key="value"), …]`, in Python's literals.
+"""Python's literals: the answer is `[name(key="value"), …]`. Llama 3.2 and 4, if a template asks.
 
 A call's arguments become JSON at the call's end.
 """
