@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from quantd.daemon.errors import RequestError
+from quantd.daemon.grammar import MAX_BYTES
 from quantd.daemon.scheduler.admission import usable_context
 from quantd.daemon.server.choice import Choice
 from quantd.daemon.server.sampling import Options
@@ -46,6 +47,7 @@ class Submitter:
                     tools.check(self.lease.text.format)
                     toolset = dataclasses.replace(tools.toolset, enforced=enforced)
                 grammar = self.lease.text.answer_grammar(prompt, toolset, grammar)
+                _check_size(grammar)
             if grammar is not None:
                 await self.lease.prepare(grammar)
         except RequestError as error:
@@ -101,3 +103,11 @@ class Submitter:
         )
         stream = lease.engine.submit(request)
         return Choice(number, stream, output, parser, sampling, options)
+
+
+def _check_size(grammar: Grammar | None) -> None:
+    """Each schema is within the limit; together they may not be."""
+    if grammar is not None and (size := len(grammar.source.encode())) > MAX_BYTES[grammar.kind]:
+        raise RequestError(
+            f"their schemas make a grammar of {size} bytes; the limit is {MAX_BYTES[grammar.kind]}"
+        )

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from server_fakes import EOS, Answer, FakeFleet, Served, byte_text_model, serving, spoken
+from server_fakes import EOS, Answer, FakeFleet, Served, byte_text_model, fake_info, serving, spoken
 
 from quantd.daemon.types import Request
 
@@ -259,6 +259,17 @@ async def test_what_the_model_cannot_follow(served: Served) -> None:
     served.fleet.grammar_error = "no special token of that name"
     error = await served.error(CHAT, ASK)
     assert error["param"] == "tools" and "special token" in error["message"]
+
+
+async def test_schemas_that_are_too_much_together(served: Served) -> None:
+    tools = []
+    for name in "abc":
+        schema = {"type": "object", "properties": {"a": {"description": name * 100_000}}}
+        tools.append({"type": "function", "function": {"name": name, "parameters": schema}})
+    served.fleet.info = fake_info(1 << 20)
+    error = await served.error(CHAT, {**ASK, "tools": tools})
+    assert error["param"] == "tools" and "the limit is 262144" in error["message"]
+    assert served.fleet.prepared == []
 
 
 async def test_a_model_that_takes_no_tools() -> None:
