@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from quantd.daemon.errors import QuantdError
 from quantd.daemon.server.choice import Delta
 from quantd.daemon.server.generate import Generation, collect
 from quantd.daemon.text.answer import whole
@@ -28,8 +29,11 @@ async def collect_valid(made: Generation, metrics: Metrics) -> list[Delta]:
     for index, result in enumerate(results):
         if result.finish_reason == "length" or is_valid(made, result):
             continue
+        try:
+            choice = await made.again(index)
+        except QuantdError:  # no grammar for this tokenizer, a full queue: the first one will do
+            continue
         metrics.engine(made.model).tool_call_retries += 1
-        choice = await made.again(index)
         results[index] = Delta(index)
         while choice.finish_reason is None:
             results[index].add(await choice.next())

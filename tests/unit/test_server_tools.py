@@ -400,6 +400,14 @@ async def test_nothing_is_lost_where_nothing_is_made_again(served: Served) -> No
     assert len(served.engine.requests) == 4
 
 
+async def test_an_invalid_call_that_cannot_be_made_again(served: Served) -> None:
+    bad = "<tool_call>x</tool_call>"
+    served.engine.answer = lambda request: spoken(bad, "stop")
+    served.fleet.grammar_error = "no fixed text for each token"
+    choice = (await reply_to(served, LOOSE))["choices"][0]
+    assert choice["message"]["content"] == bad and "tool_call_retries" not in choice
+
+
 async def test_only_the_choice_with_the_invalid_call_is_made_again(served: Served) -> None:
     def answer(request: Request) -> Answer:
         is_bad = request.id.endswith("-1")
