@@ -22,6 +22,8 @@ from quantd.daemon.text.tools import Toolset
 from quantd.daemon.types import Grammar
 
 _NO_TOOLS = Toolset(())
+_EMBEDDED = ("json_schema", "regex")
+"""Kinds of grammars that can be part of another."""
 _SLASH = re.compile(r"(\\.)|/", re.DOTALL)
 
 
@@ -72,9 +74,11 @@ class AnswerFormat(NamedTuple):
         marks = self.marks
         if marks is not None and _ends_with(prompt_end, marks.close):
             marks = None
+        is_open = marks is not None and _ends_with(prompt_end, marks.open)
+        if content is not None and content.kind not in _EMBEDDED and not is_open:
+            marks = None  # a model that may reason, but need not, does not
         if tools is None and marks is None and not self._has_channels:
             return content
-        is_open = marks is not None and _ends_with(prompt_end, marks.open)
         lark = Lark(special, avoid_first=marks.open if marks and not is_open else "")
         answer = self._answer(lark, tools, None if content is None else _rule(lark, content))
         if marks is not None:
@@ -107,6 +111,6 @@ def _rule(lark: Lark, content: Grammar) -> str:
         slashed = _SLASH.sub(lambda found: found[1] or "\\/", content.source)
         return lark.rule("CONTENT", f"/{slashed}/")
     raise RequestError(
-        "a grammar cannot be combined with tools, nor with a model that reasons first; "
+        "a grammar cannot be combined with tools, nor with reasoning that the prompt has begun; "
         "a JSON schema or a regular expression can"
     )

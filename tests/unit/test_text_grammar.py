@@ -362,12 +362,16 @@ def test_content_that_is_constrained() -> None:
     assert thinks.allows(after, "Hm.\n</think>\n\n12") and not thinks.allows(after, "12")
     maybe = thinks.grammar(None, NUMBER)
     assert thinks.allows(maybe, "<think>Hm.</think>12") and thinks.allows(maybe, "12")
+    lark = Grammar("lark", 'start: "a"')
+    assert thinks.grammar(None, lark) is lark
+    with pytest.raises(RequestError, match="cannot be combined"):
+        thinks.grammar(None, lark, "<think>\n")
     final = harmony.grammar(None, NUMBER)
     text = "<|channel|>analysis<|message|>x<|end|><|start|>assistant<|channel|>final<|message|>"
     assert harmony.allows(final, text + "12") and not harmony.allows(final, text + "x")
     assert not harmony.allows(final, call("harmony", "now-utc", "{}"))
     with pytest.raises(RequestError, match="cannot be combined"):
-        hermes.grammar(Toolset(TOOLS), Grammar("lark", 'start: "a"'))
+        hermes.grammar(Toolset(TOOLS), lark)
 
 
 def test_nothing_to_enforce() -> None:
