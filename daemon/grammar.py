@@ -36,7 +36,7 @@ WHITESPACE = r"( |\r?\n[ \t]{0,32})"
 """Between JSON's tokens: one space, or one line break with an indent. Without a bound a model that
 likes spaces never comes to an end."""
 
-_JSON_OPTIONS: JsonCompileOptions = {
+JSON_OPTIONS: JsonCompileOptions = {
     "whitespace_flexible": True,
     "whitespace_pattern": WHITESPACE,
     "item_separator": ",",
@@ -76,7 +76,7 @@ def _lark(grammar: Grammar) -> str:
         made = LLMatcher.grammar_from_regex(grammar.source)
         return msgspec.json.decode(made, type=_Made).grammars[0].lark_grammar or ""
     # They win over a schema's own "x-guidance", which could ask to pass over keywords.
-    made = LLMatcher.grammar_from_json_schema(grammar.source, overrides=_JSON_OPTIONS)
+    made = LLMatcher.grammar_from_json_schema(grammar.source, overrides=JSON_OPTIONS)
     schema = msgspec.json.decode(made, type=_Made).grammars[0].json_schema
     return "start: %json " + bytes(schema).decode()
 

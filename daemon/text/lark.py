@@ -11,14 +11,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-JSON_OPTIONS: Mapping[str, object] = {
-    "whitespace_flexible": True,
-    "whitespace_pattern": r"( |\r?\n[ \t]{0,32})",
-    "item_separator": ",",
-    "key_separator": ":",
-    "coerce_one_of": False,
-    "lenient": False,
-}
+from quantd.daemon.grammar import JSON_OPTIONS
+
 _SPECIAL_CHARS = frozenset("\\.+*?()|[]{}^$#&-~/")
 _ANY = "/(?s:.*)/"
 
@@ -36,9 +30,7 @@ class Lark:
     def source(self, start: str) -> str:
         """The whole grammar; `start` is the right side of its first rule."""
         rules = {"start": start, **self._rules}
-        return '%llguidance {"no_forcing": true}\n' + "".join(
-            f"{name}: {body}\n" for name, body in rules.items()
-        )
+        return "".join(f"{name}: {body}\n" for name, body in rules.items())
 
     def rule(self, name: str, body: str) -> str:
         """Adds a rule and returns its name; a name of capitals makes a terminal. Equal rules are
