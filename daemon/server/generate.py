@@ -26,6 +26,7 @@ from quantd.daemon.server.submit import Submitter
 if TYPE_CHECKING:
     from quantd.daemon.fleet import Fleet, Lease
     from quantd.daemon.text import TextModel
+    from quantd.daemon.types import Grammar
 
 
 class Prompt(NamedTuple):
@@ -115,7 +116,9 @@ class Generation:
         """A choice that has ended once more, from the same prompt, with calls that can be read. It
         takes the place of the first one, whose tokens stay counted."""
         prompt = self.prompt_of(index).ids
-        grammar = await self.submitter.grammar(prompt, enforced=True)
+        grammar = self.submitter.grammar(prompt, enforced=True)
+        if grammar is not None:
+            await self.submitter.prepare(grammar)
         choice = self.submitter.submit(
             index, prompt, self.submitter.shared(), grammar, f"{self.id}-{index}-again"
         )
@@ -219,8 +222,12 @@ async def _lease(fleet: Fleet, model: str | None, timeout: float | None) -> Leas
 async def _submit(made: Generation) -> None:
     """All or none: when a later one is refused, the caller's `finally` aborts the earlier ones."""
     submitter, shared = made.submitter, made.submitter.shared()
+    ready: Grammar | None = None
     for prompt in made.prompts:
-        grammar = await submitter.grammar(prompt.ids)
+        grammar = submitter.grammar(prompt.ids)
+        if grammar is not None and grammar is not ready:
+            await submitter.prepare(grammar)
+            ready = grammar
         for _ in range(made.options.n):
             number = len(made.choices)
             made.choices.append(submitter.submit(number, prompt.ids, shared, grammar))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,27 +35,37 @@ class Submitter:
     deadline: float | None
     caller: str
 
-    async def grammar(self, prompt: Sequence[int], *, enforced: bool = False) -> Grammar | None:
-        """What the output after this prompt may be, ready for use. enforced: calls can be read
-        though nothing else asks for a grammar. Raises RequestError that names the field."""
+    def grammar(self, prompt: Sequence[int], *, enforced: bool = False) -> Grammar | None:
+        """What the output after this prompt may be. enforced: calls can be read though nothing
+        else asks for a grammar. Raises RequestError that names the field."""
         given, tools = self.options.grammar, self.options.tools
+        content = None if given is None else given.grammar
+        if not self.takes_parts:
+            return content
+        toolset = None
+        if tools is not None:
+            tools.check(self.lease.text.format)
+            toolset = dataclasses.replace(tools.toolset, enforced=enforced)
+        with self._naming_the_field():
+            grammar = self.lease.text.answer_grammar(prompt, toolset, content)
+            _check_size(grammar)
+        return grammar
+
+    async def prepare(self, grammar: Grammar) -> None:
+        """Before a choice with it is submitted. Raises RequestError that names the field."""
+        with self._naming_the_field():
+            await self.lease.prepare(grammar)
+
+    @contextmanager
+    def _naming_the_field(self) -> Iterator[None]:
+        given = self.options.grammar
         field = "tools" if given is None else given.field
-        grammar = None if given is None else given.grammar
         try:
-            if self.takes_parts:
-                toolset = None
-                if tools is not None:
-                    tools.check(self.lease.text.format)
-                    toolset = dataclasses.replace(tools.toolset, enforced=enforced)
-                grammar = self.lease.text.answer_grammar(prompt, toolset, grammar)
-                _check_size(grammar)
-            if grammar is not None:
-                await self.lease.prepare(grammar)
+            yield
         except RequestError as error:
             if error.param is not None:
                 raise
             raise RequestError(f"{field}: {error.message}", param=field) from error
-        return grammar
 
     def shared(self) -> SamplingParams:
         """What all choices' sampling has in common. Raises RequestError."""
