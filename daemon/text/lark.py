@@ -53,10 +53,12 @@ class Lark:
     def mark(self, text: str) -> str:
         return f"<[{self._special[text]}]>" if text in self._special else quoted(text)
 
-    def free_text(self, without: str, not_first: str = "", *, anything: bool = False) -> str:
-        """A terminal: any text, but for the mark, and not with this character first. anything: it
+    def free_text(self, *without: str, not_first: str = "", anything: bool = False) -> str:
+        """A terminal: any text, but for the marks, and not with this character first. anything: it
         may begin with what is to be avoided elsewhere."""
-        body = self._any(anything=anything) + f" & ~/(?s:.*){escaped(without)}(?s:.*)/"
+        body = self._any(anything=anything)
+        for mark in without:
+            body += f" & ~/(?s:.*){escaped(mark)}(?s:.*)/"
         if not_first:
             body += f" & ~/\\s*{escaped(not_first)}(?s:.*)/"
         return self.rule("TEXT", body)

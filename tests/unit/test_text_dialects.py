@@ -159,9 +159,7 @@ JSON_DIALECTS: list[tuple[str, Callable[[Sequence[tuple[str, str]]], str]]] = [
 def test_arguments_are_passed_on_byte_for_byte(
     dialect: str, write: Callable[[Sequence[tuple[str, str]]], str]
 ) -> None:
-    # A mark is one token in Harmony, so it cannot stand inside of a string there.
-    nasty = NASTY if dialect != "harmony" else NASTY | {"city": 'Zü"rich\\ {[('}
-    for form in json_forms("f", nasty):
+    for form in json_forms("f", NASTY):
         answer = read(dialect, write([("f", form)]))
         assert [(call.name, call.arguments) for call in answer.calls] == [("f", form)]
         assert answer.content == ""
@@ -305,6 +303,12 @@ def test_xml_values_become_json_by_the_schema() -> None:
         '{"city": "12 \\"x\\"\\n</b>", "n": 12, "any": {"a": 1}, "unit": "C", "list": "oops"}',
         "{}",
     ]
+    nested = {"any": '{"a": "</parameter>}"}', "list": '["x</parameter>", 1]', "n": "1"}
+    assert read("qwen_coder", xml("f", **nested)).calls[0].arguments == (
+        '{"any": {"a": "</parameter>}"}, "list": ["x</parameter>", 1], "n": 1}'
+    )
+    broken = read("qwen_coder", xml("f", any="{oops", n="1"))
+    assert broken.calls[0].arguments == '{"any": "{oops", "n": 1}'
     values = {"n": "True", "any": " None\n", "list": "[1 ]"}
     assert read("qwen_coder", xml("f", **values)).calls[0].arguments == (
         '{"n": true, "any": null, "list": [1 ]}'
@@ -401,7 +405,7 @@ FRAGMENTS = {
     ],
     "qwen_coder": [
         "<tool_call>", "</tool_call>", "<function=f>", "<function=", "</function>", "<parameter=n>",
-        "<parameter=city>", "<parameter=", "</parameter>", "\n", "1", " ",
+        "<parameter=city>", "<parameter=", "</parameter>", "\n", "1", " ", "<parameter=any>", "[",
     ],
     "harmony": [
         "<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|call|>", "assistant", "analysis",

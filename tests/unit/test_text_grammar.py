@@ -220,6 +220,23 @@ def test_not_strict(name: str) -> None:
     assert setting.allows(mixed, text)
 
 
+def test_marks_inside_of_arguments_are_text() -> None:
+    """In ordinary characters; the special tokens are not allowed there."""
+    setting = SETTINGS["harmony"]
+    tools = Toolset(TOOLS, required=True)
+    matcher = setting.model.matcher(setting.grammar(tools))
+    text = call("harmony", "weather", '{"city": "<|call|>", "unit": "C"}')
+    start, _, end = text.rpartition("<|call|>")
+    ids = [*setting.model.encode(start), *b"<|call|>", *setting.model.encode(end)]
+    assert matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+    assert json.loads(setting.read(tools, text).calls[0].arguments)["city"] == "<|call|>"
+    assert not setting.allows(setting.grammar(tools), text)
+    final = "<|channel|>final<|message|>"
+    matcher = setting.model.matcher(setting.grammar(Toolset(TOOLS)))
+    ids = [*setting.model.encode(final), *b"<|call|>"]
+    assert matcher.try_consume_tokens(ids) == len(ids) - 1
+
+
 def test_ids_of_mistral_may_be_there() -> None:
     setting = SETTINGS["mistral, named"]
     grammar = setting.grammar(Toolset(TOOLS, required=True))
@@ -285,6 +302,7 @@ def test_xml_calls() -> None:
         "place": {"x": 1},
     }
     for bad in (
+        function(("city", "x</parameter>y"), ("unit", "C")),
         function(("city", "x")),
         function(("city", "x"), ("unit", "K")),
         function(("city", "x"), ("n", "three"), ("unit", "C")),

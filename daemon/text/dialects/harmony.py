@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from quantd.daemon.text.answer import Part
 from quantd.daemon.text.dialects.dialect import Dialect, arguments_of
-from quantd.daemon.text.dialects.scan import CallParser, first_of, held
+from quantd.daemon.text.dialects.scan import Brackets, CallParser, first_of, held
 from quantd.daemon.text.lark import Lark, one_of, quoted
 from quantd.daemon.text.tools import Toolset
 
@@ -59,8 +59,8 @@ class HarmonyParser(CallParser):
         begun = self._place
         head = self.take(end)
         self.take(len(MESSAGE))
-        self._open(head, begun)
         self.state = self._body
+        self._open(head, begun)
         return True
 
     def _open(self, head: str, begun: int) -> None:
@@ -73,7 +73,7 @@ class HarmonyParser(CallParser):
         function = _FUNCTION.fullmatch(recipient[1]) if recipient else None
         if function and function[1] in self.tools:
             self.start(function[1])
-            self._show = self.argue
+            self._arguments, self.state = Brackets(), self._call_body
             return
         self._show = self.prose
         if self._has_content:
@@ -82,6 +82,36 @@ class HarmonyParser(CallParser):
         self.num_failed_calls += function is not None
         if recipient:  # of something that is not ours: nothing of it is hidden
             self.prose(head + MESSAGE)
+
+    def _call_body(self) -> bool:
+        """Arguments; in JSON a mark inside of a string is text."""
+        rest = self.text.lstrip()
+        if not rest:
+            return False
+        self.take(len(self.text) - len(rest))
+        self.state = self._pass_arguments
+        if not rest.startswith("{"):
+            self._show, self.state = self.argue, self._body
+        return True
+
+    def _pass_arguments(self) -> bool:
+        end = self._arguments.end(self.text)
+        if end is None:
+            self.argue(self.take(len(self.text)))
+            return False
+        self.argue(self.take(end))
+        self.state = self._close
+        return True
+
+    def _close(self) -> bool:
+        """The mark behind arguments; a part of it at the end is none of anything."""
+        if self.ended and any(mark.startswith(self.text.lstrip()) for mark in _ENDS):
+            self.take(len(self.text))
+            return False
+        if not self.ended and len(self.text.lstrip()) == held(self.text, _ENDS):
+            return False
+        self._show, self.state = self.prose, self._body
+        return True
 
     def _body(self) -> bool:
         found = first_of(self.text, _ENDS)
@@ -131,7 +161,7 @@ class Harmony(Dialect):
 
     def _parts(self, lark: Lark) -> tuple[str, str]:
         """A message's text, and what leads from one message to the next."""
-        return lark.free_text(END), f'{lark.mark(END)} {lark.mark(START)} "assistant"'
+        return lark.free_text(*_ENDS), f'{lark.mark(END)} {lark.mark(START)} "assistant"'
 
     def _head(self, lark: Lark, channel: str) -> str:
         return f"{lark.mark(CHANNEL)} {quoted(channel)} {lark.mark(MESSAGE)}"

@@ -13,7 +13,7 @@ from typing import Any
 from quantd.daemon.text.dialects.flat import Parameter, flat_refusal, is_string, parameters_of
 from quantd.daemon.text.dialects.hermes import CLOSE, OPEN, Hermes
 from quantd.daemon.text.dialects.json_calls import dump, load
-from quantd.daemon.text.dialects.scan import CallParser, first_of
+from quantd.daemon.text.dialects.scan import Brackets, CallParser, first_of
 from quantd.daemon.text.lark import Lark, escaped, one_of, quoted
 from quantd.daemon.text.tools import Tool, Toolset
 
@@ -28,6 +28,10 @@ class QwenCoderParser(CallParser):
     _name = ""
     _key = ""
     _num_keys = 0
+    _brackets: Brackets | None = None
+    """Of a value in JSON."""
+    _num_scanned = 0
+    _json_end: int | None = None
 
     def begin(self) -> bool:
         if self.prose_until((OPEN,)) is None:
@@ -78,17 +82,33 @@ class QwenCoderParser(CallParser):
         return True
 
     def _value(self) -> bool:
-        end = self.text.find(PARAMETER_END)
+        end = self._value_end()
         if end < 0:
             if self.ended:  # cut off: as much of the JSON as there is
                 value = self.take(len(self.text)).removeprefix("\n")
                 self.argue(self._json(value).removesuffix('"'))
             return False
+        self._brackets = self._json_end = None
         value = self.take(end).removeprefix("\n").removesuffix("\n")
         self.take(len(PARAMETER_END))
         self.argue(self._json(value))
         self.state = self._parameters
         return True
+
+    def _value_end(self) -> int:
+        """Where the parameter's end begins; negative: it is not there. In JSON it is text inside
+        of a string, unless the JSON never ends."""
+        rest = self.text.lstrip()
+        if is_string(self._schema()) or not rest.startswith(("{", "[")):
+            return self.text.find(PARAMETER_END)
+        if self._brackets is None:
+            self._brackets, self._num_scanned = Brackets(), len(self.text) - len(rest)
+        if self._json_end is None:
+            self._json_end = self._brackets.end(self.text, self._num_scanned)
+            self._num_scanned = len(self.text)
+        if self._json_end is None:
+            return self.text.find(PARAMETER_END) if self.ended else -1
+        return self.text.find(PARAMETER_END, self._json_end)
 
     def _close(self) -> bool:
         if not self.pass_mark(CLOSE):
@@ -97,9 +117,11 @@ class QwenCoderParser(CallParser):
         return True
 
     def _json(self, value: str) -> str:
+        return as_json(value, self._schema())
+
+    def _schema(self) -> object:
         properties = self.tools[self._name].parameters.get("properties")
-        schema = properties.get(self._key) if isinstance(properties, Mapping) else None
-        return as_json(value, schema)
+        return properties.get(self._key) if isinstance(properties, Mapping) else None
 
 
 def as_json(value: str, schema: Any) -> str:
@@ -156,9 +178,9 @@ class QwenCoder(Hermes):
         return lark.rule("parameter", f'{quoted(f"{PARAMETER}{parameter.key}>")} "\\n" {value}')
 
     def _string(self, lark: Lark) -> str:
-        """Up to the first end of a parameter."""
-        text = lark.rule("string[lazy]", f"/(?s:.*)\\n{escaped(PARAMETER_END)}/")
-        return f'{text} "\\n"'
+        """Up to the first end of a parameter, which a line end precedes."""
+        body = f"{lark.free_text(PARAMETER_END)} /\\n{escaped(PARAMETER_END)}/"
+        return f'{lark.rule("string[lazy]", lark.rule("STRING", body))} "\\n"'
 
 
 def _is_key(key: str) -> bool:
