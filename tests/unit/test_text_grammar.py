@@ -397,3 +397,60 @@ def test_nothing_to_enforce() -> None:
     assert Setting(None, (), THINK).grammar(None) is None
     assert SETTINGS["harmony"].grammar(None) is None
     assert SETTINGS["hermes"].grammar(Toolset(LOOSE, parallel=False)) is not None
+
+
+COMMON = ["\n", " ", "text", "weather", "now-utc", "<think>", "</think>", "{}"]
+OBJECT = [
+    '{"name": "',
+    '", "arguments": ',
+    '", "parameters": ',
+    '{"city": "',
+    '", "unit": "C"}',
+    "}",
+]
+PIECES = {
+    "hermes": ["<tool_call>", "</tool_call>", *OBJECT],
+    "llama3": ["<|python_tag|>", "; ", *OBJECT],
+    "mistral": ["[TOOL_CALLS]", "[ARGS]", "[", "]", ", ", *OBJECT],
+    "pythonic": [
+        "<|python_start|>", "<|python_end|>", "[", "]", ", ", "(", ")", 'city="', '", unit="C"',
+    ],
+    "qwen_coder": [
+        "<tool_call>", "</tool_call>", "<function=", "</function>", ">", "</parameter>",
+        "<parameter=city>", "<parameter=unit>", "C",
+    ],
+    "harmony": [
+        "<|start|>", "assistant", "<|channel|>", "analysis", "final", "<|message|>", "<|end|>",
+        "<|call|>", "commentary to=functions.", "<|constrain|>", "json", *OBJECT,
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+@pytest.mark.parametrize("marks", [None, THINK])
+def test_a_free_answer_has_no_call_that_is_not_valid(name: str, marks: Marks | None) -> None:
+    """Walks of a model that knows the marks, as special tokens and as ordinary characters."""
+    setting, tools = SETTINGS[name], Toolset(TOOLS)
+    format = AnswerFormat(None if name == "harmony" else marks, setting.format.dialect)
+    grammar = format.grammar("", tools, None, setting.model.special)
+    schemas = {tool.name: tool.parameters for tool in TOOLS}
+    pieces = COMMON + PIECES[name.partition(",")[0]]
+    num_calls = 0
+    for seed in range(40):
+        draw = random.Random(seed)
+        matcher, ids = setting.model.matcher(grammar), list[int]()
+        for _ in range(200):
+            piece = draw.choice(pieces)
+            tokens = setting.model.encode(piece) if draw.random() < 0.8 else [*piece.encode()]
+            count = matcher.try_consume_tokens(tokens)
+            ids += tokens[:count]
+            if matcher.is_stopped():
+                break
+        parser = format.parser("", tools)
+        answer = whole([*parser.feed(setting.model.decode(ids)), *parser.flush()])
+        is_whole = matcher.is_accepting()  # else it was cut off
+        assert parser.num_failed_calls <= (not is_whole), setting.model.decode(ids)
+        num_calls += len(answer.calls)
+        for made in answer.calls if is_whole else answer.calls[:-1]:
+            jsonschema.validate(json.loads(made.arguments), schemas[made.name])
+    assert num_calls > 0
