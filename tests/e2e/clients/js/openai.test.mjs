@@ -67,6 +67,35 @@ for (const way of ["tcp", "unix"]) {
     const client = connect("demo", way);
     const create = (body, options) => client.chat.completions.create(body, options);
 
+    for (const stream of [false, true]) {
+      test(`tools that are run, ${stream ? "" : "not "}streamed`, async () => {
+        const asked = [];
+        const weather = {
+          type: "function",
+          function: {
+            name: "get_weather",
+            description: "Get the weather",
+            parameters: {
+              type: "object",
+              properties: { city: { type: "string" } },
+              required: ["city"],
+            },
+            parse: JSON.parse,
+            function: ({ city }) => {
+              asked.push(city);
+              return { weather: "sunny" };
+            },
+          },
+        };
+        const messages = [{ role: "user", content: "What is the weather in Paris?" }];
+        const runner = client.chat.completions.runTools({
+          ...CHAT, messages, stream, max_completion_tokens: 200, tools: [weather],
+        });
+        assert.match(await runner.finalContent(), /sunny/);
+        assert.deepEqual(asked, ["Paris"]);
+      });
+    }
+
     test("models", async () => {
       const ids = [];
       for await (const model of client.models.list()) ids.push(model.id);
