@@ -14,7 +14,9 @@ QuantdError
 │   ├── QueueFull               over the queue's bound; has Retry-After        429
 │   └── DeadlineExceeded        its own timeout is over; no retry              422
 ├── Unavailable                 loading failed, draining, worker died          503
-│   └── ModelRefused            the checkpoint is not understood; no retry     503
+│   ├── ModelRefused            the checkpoint is not understood; no retry     503
+│   └── StoreUnavailable        the state folder cannot be used                503
+├── StorageFull                 no room on the disk, or within the limit       507
 └── InternalError               our bug                                        500
 
 `str(error)` is the message shown to the user. `param` names the request's field, in the
@@ -132,6 +134,20 @@ class ModelRefused(Unavailable):
     """The checkpoint is not understood (architecture, tensors, shapes); a retry cannot help."""
 
     code = "model_refused"
+
+
+class StoreUnavailable(Unavailable):
+    """The folder that holds files, batches and responses cannot be used; the message names it."""
+
+    code = "store_unavailable"
+
+
+class StorageFull(QuantdError):
+    """The disk or the configured limit is full; a retry alone does not help."""
+
+    status = 507
+    type = "server_error"
+    code = "storage_full"
 
 
 class InternalError(QuantdError):

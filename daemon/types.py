@@ -75,6 +75,8 @@ class Request(msgspec.Struct, frozen=True):
     sampling: SamplingParams
     priority: int = 0
     """Smaller runs first."""
+    is_batch: bool = False
+    """A line of a batch: it gives way to everybody who waits for an answer."""
     arrival: float = 0.0
     """Seconds of the engine's monotonic clock."""
     caller: str = ""

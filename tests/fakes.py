@@ -101,6 +101,7 @@ def make_request(
     sampling: SamplingParams | None = None,
     cache_salt: str = "",
     deadline: float | None = None,
+    is_batch: bool = False,
 ) -> Request:
     """A request with the fields that tests vary; `sampling` replaces `max_tokens`."""
     return Request(
@@ -113,6 +114,7 @@ def make_request(
         cache_salt=cache_salt,
         deadline=deadline,
         timeout=None if deadline is None else deadline - arrival,
+        is_batch=is_batch,
     )
 
 
@@ -545,7 +547,11 @@ class StepLoop:
         ]
         if self.settings.overlap:
             return
-        # Everybody who runs gets on, but for the last when it is out of blocks.
+        others = [seq_id for seq_id in sizes if not self.sequences[seq_id].request.is_batch]
+        if others:
+            idle = [seq for seq in idle if not seq.request.is_batch]
+        # Everybody who runs gets on, but for the last when it is out of blocks, and lines of
+        # batches beside others.
         assert len(idle) <= 1
         for seq in idle:
             assert self.kv.num_available <= 0

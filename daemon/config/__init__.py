@@ -13,6 +13,8 @@ from quantd.daemon.config.settings import (
     SchedulerSettings,
     ServerSettings,
     Settings,
+    StoreSettings,
+    WebhookSettings,
 )
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "SchedulerSettings",
     "ServerSettings",
     "Settings",
+    "StoreSettings",
+    "WebhookSettings",
     "choose_models",
     "diff",
     "in_force",

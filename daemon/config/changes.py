@@ -59,17 +59,11 @@ def diff(old: Settings, new: Settings) -> Changes:
 
 def in_force(old: Settings, new: Settings) -> Settings:
     """`new` with the keys that need a restart as they were in `old`."""
-    kept = {
-        section: {
-            name: getattr(getattr(old, section), name)
-            for name, rule in rules(struct).items()
-            if not rule.live
+    parts = {}
+    for section, struct in SECTIONS.items():
+        before = getattr(old, section)
+        kept = {
+            name: getattr(before, name) for name, rule in rules(struct).items() if not rule.live
         }
-        for section, struct in SECTIONS.items()
-    }
-    return dataclasses.replace(
-        new,
-        server=dataclasses.replace(new.server, **kept["server"]),
-        scheduler=dataclasses.replace(new.scheduler, **kept["scheduler"]),
-        log=dataclasses.replace(new.log, **kept["log"]),
-    )
+        parts[section] = dataclasses.replace(getattr(new, section), **kept)
+    return dataclasses.replace(new, **parts)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
+SYSTEM_STATE = Path("/var/lib/quantd")
 SYSTEM_SOCKET = Path("/run/quantd.sock")
 """Where the daemon of the whole machine listens."""
 
@@ -21,6 +22,10 @@ class Environment:
     """$QUANTD_LOG: overrides log.level."""
     config_home: Path | None = None
     """$XDG_CONFIG_HOME, else ~/.config."""
+    state_directory: Path | None = None
+    """$STATE_DIRECTORY, from the unit's StateDirectory=: the first, if there are several."""
+    state_home: Path | None = None
+    """$XDG_STATE_HOME, else ~/.local/state."""
     session_runtime: Path | None = None
     """$XDG_RUNTIME_DIR: the login session's folder for sockets."""
     credentials: Path | None = None
@@ -44,7 +49,9 @@ class Environment:
         return cls(
             config=_path(get("QUANTD_CONFIG")),
             log_level=get("QUANTD_LOG") or None,
-            config_home=_path(get("XDG_CONFIG_HOME")) or _home_config(get("HOME")),
+            config_home=_path(get("XDG_CONFIG_HOME")) or _home(get("HOME"), ".config"),
+            state_directory=_path((get("STATE_DIRECTORY") or "").partition(":")[0]),
+            state_home=_path(get("XDG_STATE_HOME")) or _home(get("HOME"), ".local/state"),
             session_runtime=_path(get("XDG_RUNTIME_DIR")),
             credentials=_path(get("CREDENTIALS_DIRECTORY")),
             notify_socket=get("NOTIFY_SOCKET") or None,
@@ -61,6 +68,14 @@ class Environment:
             return SYSTEM_SOCKET
         return self.session_runtime / "quantd.sock" if self.session_runtime else None
 
+    def default_state(self) -> Path | None:
+        """Where what clients store is kept when nothing says otherwise; None: nowhere."""
+        if self.state_directory is not None:
+            return self.state_directory
+        if self.user_id == 0:
+            return SYSTEM_STATE
+        return self.state_home / "quantd" if self.state_home else None
+
     def config_files(self) -> tuple[Path, ...]:
         """Where a configuration file is looked for when none is named; the first one counts."""
         files = (Path("/etc/quantd/config.toml"),)
@@ -76,8 +91,8 @@ def _path(text: str | None) -> Path | None:
     return Path(text) if text else None
 
 
-def _home_config(home: str | None) -> Path | None:
-    return Path(home) / ".config" if home else None
+def _home(home: str | None, folder: str) -> Path | None:
+    return Path(home) / folder if home else None
 
 
 def _number(text: str | None) -> int:

@@ -21,6 +21,8 @@ from quantd.daemon.config.settings import (
     SchedulerSettings,
     ServerSettings,
     Settings,
+    StoreSettings,
+    WebhookSettings,
 )
 from quantd.daemon.errors import ConfigError
 
@@ -28,7 +30,11 @@ SECTIONS: dict[str, type[Any]] = {
     "server": ServerSettings,
     "scheduler": SchedulerSettings,
     "log": LogSettings,
+    "store": StoreSettings,
+    "webhooks": WebhookSettings,
 }
+_PREFIXED = ("log", "store", "webhooks")
+"""Sections whose keys have their section's name in the flag."""
 S = TypeVar("S")
 Lines = Mapping[tuple[str, ...], int]
 
@@ -80,6 +86,8 @@ def load(
     origin: dict[str, str] = {}
     parts = {name: build(SECTIONS[name], name, values[name], origin) for name in SECTIONS}
     parts["server"] = _places(parts["server"], values["server"], origin, environment)
+    parts["store"] = _store_place(parts["store"], values["store"], environment)
+    parts["webhooks"] = _secret_place(parts["webhooks"], values["webhooks"], origin, environment)
     models = _models(document, lines, str(path), here, origin)
     return Settings(**parts, models=models, origin=origin, file=path)
 
@@ -118,7 +126,8 @@ def meanings(struct: type[Any]) -> Mapping[str, str]:
 
 def flag(section: str, name: str) -> str:
     """How a command line spells a key."""
-    return "--" + (f"log-{name}" if section == "log" else name.replace("_", "-"))
+    prefix = f"{section}-" if section in _PREFIXED else ""
+    return "--" + prefix + name.replace("_", "-")
 
 
 def check_tiers(models: Mapping[str, ModelSettings], origin: Mapping[str, str]) -> None:
@@ -268,18 +277,46 @@ def _places(
 ) -> ServerSettings:
     """Fills in the two values that, if "auto", depend on the user and on the service manager."""
 
-    def is_auto(name: str) -> bool:
-        return name not in written or written[name].raw == "auto"
-
-    if is_auto("socket"):
+    if _is_auto(written, "socket"):
         server = dataclasses.replace(server, socket=environment.default_socket())
-    if is_auto("api_keys_file") and environment.credentials is not None:
+    if _is_auto(written, "api_keys_file") and environment.credentials is not None:
         credential = environment.credentials / "api-key"
         # The unit's own fallback is "none": an empty file, in contrast, is an error.
         if credential.is_file() and credential.read_bytes().strip() != b"none":
             origin["server.api_keys_file"] = "credential"
             server = dataclasses.replace(server, api_keys_file=credential)
     return server
+
+
+def _store_place(
+    store: StoreSettings, written: Mapping[str, Value], environment: Environment
+) -> StoreSettings:
+    if not _is_auto(written, "path"):
+        return store
+    return dataclasses.replace(store, path=environment.default_state())
+
+
+def _secret_place(
+    webhooks: WebhookSettings,
+    written: Mapping[str, Value],
+    origin: dict[str, str],
+    environment: Environment,
+) -> WebhookSettings:
+    if _is_auto(written, "secret_file") and environment.credentials is not None:
+        credential = environment.credentials / "webhook-secret"
+        if credential.is_file():
+            origin["webhooks.secret_file"] = "credential"
+            webhooks = dataclasses.replace(webhooks, secret_file=credential)
+    if webhooks.url and webhooks.secret_file is None:
+        raise ConfigError(
+            f"{origin['webhooks.url']}: webhooks.url = {_toml(webhooks.url)}: needs "
+            "webhooks.secret_file, the secret that events are signed with"
+        )
+    return webhooks
+
+
+def _is_auto(written: Mapping[str, Value], name: str) -> bool:
+    return name not in written or written[name].raw == "auto"
 
 
 def _unknown(path: tuple[str, ...], known: Iterable[str], lines: Lines, file: str) -> ConfigError:

@@ -7,6 +7,7 @@ the repository's root is the same list with the same lines, and each key is a fl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,21 @@ ToolDialect = Literal[
 ]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "json", "console"]
+
+WEBHOOK_EVENTS = (
+    "batch.completed",
+    "batch.failed",
+    "batch.expired",
+    "batch.cancelled",
+    "response.completed",
+    "response.incomplete",
+    "response.failed",
+    "response.cancelled",
+)
+_URL = Text(pattern=r"https?://[^\s/@]+(/\S*)?|", meaning='"http(s)://host[:port][/path]" or ""')
+_EVENT = Text(
+    pattern="|".join(map(re.escape, WEBHOOK_EVENTS)), meaning="one of " + ", ".join(WEBHOOK_EVENTS)
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,12 +268,77 @@ class LogSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoreSettings:
+    """What is kept on disk for clients: files, batches, responses, conversations."""
+
+    path: Annotated[
+        Path | None,
+        FilePath(optional=True),
+        'folder; "auto": the service\'s state directory, /var/lib/quantd, or ~/.local/state/quantd',
+    ] = None
+    """None: there is no such folder. The loader resolves "auto"."""
+    file_bytes: Annotated[
+        int,
+        Size(low=1),
+        "largest file that may be uploaded",
+    ] = 512 << 20
+    files_bytes: Annotated[
+        int,
+        Size(low=1),
+        "all files together, results of batches too; over it uploads are refused",
+    ] = 8 << 30
+    responses_bytes: Annotated[
+        int,
+        Size(low=1 << 20),
+        "all responses and conversations; over it those go that were used least recently",
+    ] = 1 << 30
+    responses_seconds: Annotated[
+        float,
+        Seconds(low=60, high=3650 * DAY, forever=True),
+        "how long a response or conversation is kept after its last use; -1: for ever",
+    ] = 30 * DAY
+    batch_lines: Annotated[
+        int,
+        Integer(low=1, high=1024),
+        "lines of batches that run at once, of all batches together",
+    ] = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebhookSettings:
+    """Who is told when a batch or a background response has ended."""
+
+    url: Annotated[
+        str,
+        _URL,
+        'where events are posted to, signed as Standard Webhooks has it; "": nowhere',
+    ] = ""
+    secret_file: Annotated[
+        Path | None,
+        FilePath(optional=True),
+        'file with the secret, "whsec_" + base64; "auto": the credential "webhook-secret"',
+    ] = None
+    events: Annotated[
+        tuple[str, ...],
+        Texts(item=_EVENT),
+        'which; []: all, e.g. ["batch.completed", "response.failed"]',
+    ] = ()
+    allow_private: Annotated[
+        bool,
+        Flag(),
+        "also to loopback, link-local and private addresses",
+    ] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The whole configuration in force."""
 
     server: ServerSettings = field(default_factory=ServerSettings)
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
     log: LogSettings = field(default_factory=LogSettings)
+    store: StoreSettings = field(default_factory=StoreSettings)
+    webhooks: WebhookSettings = field(default_factory=WebhookSettings)
     models: Mapping[str, ModelSettings] = field(default_factory=dict)
     origin: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Key ("server.port") → "FILE:LINE", "--port", "$QUANTD_LOG", "credential" or "default"."""

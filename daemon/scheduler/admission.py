@@ -32,7 +32,7 @@ def check(request: Request, info: ModelInfo, scheduler: Scheduler, now: float) -
     """Raise RequestError, ContextLengthExceeded or QueueFull; else the request may be added."""
     check_context(request, info.max_context)
     check_pool(request, info)
-    check_queue(scheduler, now)
+    check_queue(request, scheduler, now)
 
 
 def check_context(request: Request, max_context: int) -> None:
@@ -68,8 +68,10 @@ def check_pool(request: Request, info: ModelInfo) -> None:
     )
 
 
-def check_queue(scheduler: Scheduler, now: float) -> None:
-    waiting, bound = scheduler.num_waiting, scheduler.settings.max_waiting
+def check_queue(request: Request, scheduler: Scheduler, now: float) -> None:
+    """Lines of batches and all others each have the bound for themselves."""
+    lines, bound = scheduler.num_lines_waiting, scheduler.settings.max_waiting
+    waiting = lines if request.is_batch else scheduler.num_waiting - lines
     if waiting < bound:
         return
     pace = scheduler.seconds_per_start(now)

@@ -20,7 +20,7 @@ class ReadyQueue:
     def __init__(self, policy: Policy, aging_seconds: float, shares: CallerShares) -> None:
         self._policy = policy
         self._aging_seconds = aging_seconds
-        self._shares = shares
+        self.shares = shares
         self._by_caller: dict[str, _Heap] = {}
         self._num_waiting = 0
         self._by_due_time = _Heap()
@@ -51,7 +51,7 @@ class ReadyQueue:
         """Whose turn it is: by rank, then of the caller who has had least, then by the policy."""
         heads = [(own.first(), caller) for caller, own in self._by_caller.items()]
         turns = [
-            (self._policy.rank(head[1]), self._shares.used(caller), head[0], head[1].id, head[1])
+            (self._policy.rank(head[1]), self.shares.used(caller), head[0], head[1].id, head[1])
             for head, caller in heads
             if head is not None
         ]

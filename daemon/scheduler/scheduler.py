@@ -17,7 +17,7 @@ from quantd.daemon.scheduler.pace import StartPace
 from quantd.daemon.scheduler.policy import Key, make_policy
 from quantd.daemon.scheduler.ready import ReadyQueue
 from quantd.daemon.scheduler.sequence import Phase, Sequence, blocks_for
-from quantd.daemon.scheduler.share import share_budget
+from quantd.daemon.scheduler.share import BatchShare
 from quantd.daemon.scheduler.shares import CallerShares
 from quantd.daemon.scheduler.tables import BlockTables
 from quantd.daemon.scheduler.updates import SequenceUpdate, finish_reason, keep_prompt_logprobs
@@ -34,6 +34,10 @@ from quantd.daemon.types import (
 )
 
 STEP_SECONDS = 0.5
+BATCH_STEP_SECONDS = 0.1
+"""A step of lines of batches alone is shorter: whoever comes meanwhile waits for it."""
+BATCH_PLACES = 1 / 8
+"""Of the batch, for lines that have waited too long and may not be displaced."""
 LEAST_TOKENS = 64
 """Of prompts in a step, however slow: fewer rows would mostly read the weights again."""
 FIRST_TOKENS = 256
@@ -62,9 +66,13 @@ class Scheduler:
     event loop and nothing waits.
 
     Running sequences stand in the order in which they keep their place (`Policy.keep_key`, aged
-    ones first), which is fixed while they run. Blocks are given from the front and taken from the
-    back, therefore the first one always gets on, and whatever is preempted is not yet part of the
-    plan being made: nothing ever has to be taken out of it again.
+    ones first, lines of batches last), which is fixed while they run. Blocks are given from the
+    front and taken from the back, therefore the first one always gets on, and whatever is preempted
+    is not yet part of the plan being made: nothing ever has to be taken out of it again.
+
+    Lines of batches (`Request.is_batch`) have a queue of their own. One starts when nobody else
+    waits, or has waited `aging_seconds`; then it keeps its place, else whoever else comes takes it.
+    While others run, lines get a tenth of what those compute (`BatchShare`).
 
     A sequence is started only if all of its known tokens fit beside those of the running ones,
     with one block more for each of these. So only growth by decoding preempts, not prefill, and a
@@ -81,8 +89,10 @@ class Scheduler:
         self._max_running = min(settings.max_running, settings.token_budget)
         self._policy = make_policy(settings)
         self._max_aged = math.ceil(self._policy.aged_share * self._max_running)
-        self._shares = CallerShares(settings.caller_weights)
-        self._ready = ReadyQueue(self._policy, settings.aging_seconds, self._shares)
+        self._max_aged_lines = math.ceil(BATCH_PLACES * self._max_running)
+        self._others = self._new_queue()
+        self._lines = self._new_queue()
+        self._batch_share = BatchShare()
         self._fetching = FetchQueue(self._kv)
         self._deadlines = Deadlines()
         self._pace = StartPace()
@@ -93,6 +103,13 @@ class Scheduler:
         self._in_flight: deque[_Flight] = deque()
         self._ended: list[SequenceUpdate] = []
         self._num_preemptions: dict[str, int] = dict.fromkeys(PREEMPTION_REASONS, 0)
+
+    def _new_queue(self) -> ReadyQueue:
+        shares = CallerShares(self._settings.caller_weights)
+        return ReadyQueue(self._policy, self._settings.aging_seconds, shares)
+
+    def _queue(self, seq: Sequence) -> ReadyQueue:
+        return self._lines if seq.request.is_batch else self._others
 
     # --- what the engine asks ----------------------------------------------------------------
 
@@ -114,8 +131,13 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """With those that wait for blocks from disk."""
-        return len(self._ready) + len(self._fetching)
+        """With lines of batches, and those that wait for blocks from disk."""
+        return len(self._others) + len(self._lines) + len(self._fetching)
+
+    @property
+    def num_lines_waiting(self) -> int:
+        """Lines of batches among them."""
+        return len(self._lines)
 
     @property
     def num_in_flight(self) -> int:
@@ -157,11 +179,11 @@ class Scheduler:
         if not self.num_waiting:
             self._pace.waits_from(seq.waiting_since)
         self._sequences[seq.id] = seq
-        self._shares.enter(seq.request.caller)
+        self._queue(seq).shares.enter(seq.request.caller)
         self._deadlines.add(seq)
         self._tables.enter(seq)
         if not self._fetching.begin(seq):
-            self._ready.add(seq)
+            self._queue(seq).add(seq)
 
     def abort(self, seq_id: int) -> bool:
         """Forget a sequence; there will be no further update of it. False if it is unknown."""
@@ -179,7 +201,7 @@ class Scheduler:
             seq = self._fetching.done(job)
             if seq is not None:
                 self._tables.look(seq)
-                self._ready.add(seq)
+                self._queue(seq).add(seq)
 
     def resize(self, num_blocks: int) -> None:
         """The pool's budget, at any time. What can never fit any more ends with an error."""
@@ -216,11 +238,11 @@ class Scheduler:
         if seq.phase is Phase.RUNNING:
             self._take_off(seq, spoilt=spoilt)
         elif not self._fetching.remove(seq):
-            self._ready.remove(seq)
+            self._queue(seq).remove(seq)
         seq.phase = Phase.FINISHED
         del self._sequences[seq.id]
         self._deadlines.remove(seq)
-        self._shares.leave(seq.request.caller)
+        self._queue(seq).shares.leave(seq.request.caller)
         self._tables.leave(seq)
 
     # --- a step ------------------------------------------------------------------------------
@@ -237,16 +259,16 @@ class Scheduler:
         for seq in self._deadlines.due(now):
             self._end(seq, "timeout", why_over(seq))
         for seq in self._fetching.overdue(now):
-            self._ready.add(seq)
+            self._queue(seq).add(seq)
         self._start_waiting(now)
-        going, left = [], []
-        for seq in self._running:
-            num_left = self._left(seq)
-            if num_left:
-                going.append(seq)
-                left.append(num_left)
-        sizes = share_budget(self._budget(len(going)), left) if going else []
-        chunks = self._place(going, sizes, now)
+        going = {seq: left for seq in self._running if (left := self._left(seq))}
+        sizes = self._sizes(going)
+        chunks = self._place([seq for seq in going if sizes[seq]], sizes, now)
+        held = {seq: left for seq, left in going.items() if seq.phase is Phase.RUNNING}
+        if held and not chunks:
+            # Nobody else gets on, so those lines do that made way.
+            held = {seq: left for seq, left in held.items() if not sizes[seq]}
+            chunks = self._place([*held], self._sizes(held), now)
         if not chunks and not self._kv.has_orders:
             return None
         self._step += 1
@@ -302,13 +324,12 @@ class Scheduler:
         It ends at the first that does not fit: what is smaller and behind may not overtake, or
         what is large would wait for ever.
         """
-        first = self._ready.first()
+        first = self._first()
         if first is None or (self._is_full and not self._may_displace(first, self._running[-1])):
             return
         room = self._tables.room(self._running)
-        num_aged = sum(seq.aged for seq in self._running)
-        while (first := self._ready.first()) is not None:
-            overdue = self._ready.first_overdue(now) if num_aged < self._max_aged else None
+        while (first := self._first()) is not None:
+            overdue = self._overdue(now)
             seq = overdue if overdue is not None else first
             if is_hopeless(seq, now, self._kv.cost.token_seconds):
                 self._end(seq, "timeout", why_hopeless(seq))
@@ -327,16 +348,31 @@ class Scheduler:
                 if not self._fits(seq, match, room, len(self._running)):
                     return
             seq.aged = seq.aged or seq is overdue
-            num_aged += seq.aged
             room -= self._tables.needed(seq, match)
             self._start(seq, match, now)
+
+    def _first(self) -> Sequence | None:
+        """Whose turn it is: a line's when nobody else waits."""
+        return self._others.first() or self._lines.first()
+
+    def _overdue(self, now: float) -> Sequence | None:
+        """Who has waited too long and may start out of turn."""
+        aged = Counter(seq.request.is_batch for seq in self._running if seq.aged)
+        overdue = self._others.first_overdue(now) if aged[False] < self._max_aged else None
+        if overdue is None and aged[True] < self._max_aged_lines:
+            overdue = self._lines.first_overdue(now)
+        return overdue
 
     @property
     def _is_full(self) -> bool:
         return len(self._running) >= self._max_running
 
     def _may_displace(self, seq: Sequence, victim: Sequence) -> bool:
-        return not victim.aged and self._policy.displaces(seq, victim)
+        if victim.aged:
+            return False
+        if seq.request.is_batch != victim.request.is_batch:
+            return victim.request.is_batch
+        return self._policy.displaces(seq, victim)
 
     def _fits(self, seq: Sequence, match: Match, room: int, num_running: int) -> bool:
         needed = self._tables.needed(seq, match)
@@ -345,7 +381,7 @@ class Scheduler:
 
     def _kept_for(self, overdue: Sequence | None, room: int) -> int:
         """What of `room` those that displace may not use: it is waited for by an overdue one."""
-        if overdue is None or overdue is self._ready.first():
+        if overdue is None or overdue is self._first():
             return 0
         return min(blocks_for(len(overdue.tokens)), max(0, room - len(self._running)))
 
@@ -371,7 +407,7 @@ class Scheduler:
         return False
 
     def _start(self, seq: Sequence, match: Match, now: float) -> None:
-        self._ready.remove(seq)
+        self._queue(seq).remove(seq)
         self._tables.start(seq, match)
         seq.phase = Phase.RUNNING
         seq.seconds_waited += now - seq.waiting_since
@@ -381,7 +417,7 @@ class Scheduler:
         insort(self._running, seq, key=self._keep_key)
 
     def _keep_key(self, seq: Sequence) -> Key:
-        return (not seq.aged, *self._policy.keep_key(seq))
+        return (not seq.aged, seq.request.is_batch, *self._policy.keep_key(seq))
 
     def _left(self, seq: Sequence) -> int:
         """Tokens it has to compute; 0 as well if it is certain to end with a token in flight."""
@@ -392,28 +428,42 @@ class Scheduler:
                 return 0
         return expected - seq.num_scheduled_tokens
 
-    def _budget(self, num_going: int) -> int:
-        """Tokens of this step: `token_budget`, or what takes STEP_SECONDS where that is less. A
+    def _sizes(self, going: dict[Sequence, int]) -> dict[Sequence, int]:
+        """How many of its tokens each sequence gets in this step; a line may get none."""
+        if not going:
+            return {}
+        lines = [seq for seq in going if seq.request.is_batch]
+        others = [seq for seq in going if not seq.request.is_batch]
+        budget = self._budget(len(going), STEP_SECONDS if others else BATCH_STEP_SECONDS)
+        sizes = self._batch_share.divide(
+            budget, [going[seq] for seq in others], [going[seq] for seq in lines]
+        )
+        return dict(zip([*others, *lines], sizes, strict=True))
+
+    def _budget(self, num_going: int, seconds: float) -> int:
+        """Tokens of this step: `token_budget`, or what takes `seconds` where that is less. A
         step cannot be interrupted: it is what those that decode, arrive or leave wait for."""
         token_seconds = self._kv.cost.token_seconds
-        fast = FIRST_TOKENS if token_seconds is None else int(STEP_SECONDS / token_seconds)
+        fast = FIRST_TOKENS if token_seconds is None else int(seconds / token_seconds)
         return min(self._settings.token_budget, max(fast, num_going + LEAST_TOKENS))
 
-    def _place(self, going: list[Sequence], sizes: list[int], now: float) -> list[Chunk]:
-        """Give blocks and a chunk of up to sizes[i] tokens to going[i], from the front.
+    def _place(
+        self, going: list[Sequence], sizes: Mapping[Sequence, int], now: float
+    ) -> list[Chunk]:
+        """Give blocks and a chunk of up to its size to each of `going`, from the front.
 
         Where blocks run out the last one is preempted, if the sequence cannot get on else. The
         last itself just sits the step out: it may go on once others have finished.
         """
         chunks = []
-        for seq, size in zip(going, sizes, strict=True):
+        for seq in going:
             if seq.phase is not Phase.RUNNING:
-                break  # the rest was preempted
+                continue  # preempted just now
             self._tables.adopt(seq)
-            chunk = self._schedule(seq, size)
+            chunk = self._schedule(seq, sizes[seq])
             while chunk is None and self._running[-1] is not seq:
                 self._preempt_last("memory", now)
-                chunk = self._schedule(seq, size)
+                chunk = self._schedule(seq, sizes[seq])
             if chunk is not None:
                 chunks.append(chunk)
         return chunks
@@ -431,7 +481,7 @@ class Scheduler:
             stop -= stop % BLOCK_TOKENS  # whole blocks can be taken over from others next time
         if not self._tables.extend(seq, stop):
             return None
-        self._shares.charge(seq.request.caller, stop - start)
+        self._queue(seq).shares.charge(seq.request.caller, stop - start)
         seq.num_chunks += 1
         if stop == expected:
             seq.num_pending += 1
@@ -460,7 +510,7 @@ class Scheduler:
         self._num_preemptions[reason] += 1
         seq.waiting_since = now
         self._tables.look(seq)
-        self._ready.add(seq)
+        self._queue(seq).add(seq)
 
     def _take_off(self, seq: Sequence, *, spoilt: bool = False) -> None:
         """Free the blocks of a sequence that leaves the batch, and have the worker forget it."""
@@ -504,14 +554,14 @@ class Scheduler:
     def check_counts(self) -> None:
         """The cheap part of `check`, for a daemon at rest: O(running)."""
         self._kv.pool.check_counts()
-        waiting = len(self._ready) + len(self._fetching)
-        assert len(self._sequences) == len(self._running) + waiting
+        assert len(self._sequences) == len(self._running) + self.num_waiting
         assert self._running or self._kv.pool.num_used == 0, "a block is used by no sequence"
 
     def check(self) -> None:
         """Recount everything from scratch; AssertionError where a number does not hold."""
         self.check_counts()
-        self._ready.check()
+        self._others.check()
+        self._lines.check()
         self._tables.check(self._running)
         assert len(self._running) <= self._max_running
         keys = [self._keep_key(seq) for seq in self._running]

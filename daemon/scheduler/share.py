@@ -1,6 +1,9 @@
-"""How one step's token budget is divided. Pure arithmetic, no state."""
+"""How one step's token budget is divided."""
 
 from __future__ import annotations
+
+BATCH_SHARE = 0.1
+"""Of the tokens that are computed while somebody waits for an answer, for lines of batches."""
 
 
 def share_budget(budget: int, left: list[int]) -> list[int]:
@@ -32,3 +35,30 @@ def share_budget(budget: int, left: list[int]) -> list[int]:
         sizes[i] += more
         rest -= more
     return sizes
+
+
+class BatchShare:
+    """What lines of batches get of steps that others need too: a tenth of the others' tokens.
+
+    So a batch makes an answer at most about a tenth slower, and gets on under any load. The share
+    is kept as a credit, because a step of one token has no tenth.
+    """
+
+    def __init__(self) -> None:
+        self._credit = 0.0
+
+    def divide(self, budget: int, others: list[int], lines: list[int]) -> list[int]:
+        """The sizes of `others`, then those of `lines`; the arguments are `share_budget`'s, and a
+        line's size may be 0."""
+        if not others:
+            return share_budget(budget, lines)
+        if not lines:
+            return share_budget(budget, others)
+        ours = min(int(self._credit), sum(lines), budget - len(others))
+        taken = lines[:ours]
+        sizes = share_budget(budget - ours, others)
+        self._credit += BATCH_SHARE * sum(sizes)
+        of_lines = share_budget(ours, taken) if taken else []
+        # What nobody has used does not add up to a step of lines alone.
+        self._credit = min(self._credit - sum(of_lines), 1.0 + BATCH_SHARE * budget)
+        return [*sizes, *of_lines, *[0] * (len(lines) - len(taken))]

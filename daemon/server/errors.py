@@ -20,6 +20,8 @@ from quantd.daemon.errors import (
     QuantdError,
     QueueFull,
     RequestError,
+    StorageFull,
+    StoreUnavailable,
     Unauthorized,
     Unavailable,
 )
@@ -49,8 +51,8 @@ def error_response(error: QuantdError) -> web.Response:
     headers: dict[str, str] = {}
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = 'Bearer realm="quantd"'
-    if isinstance(error, ModelRefused):
-        # The SDKs retry every 5xx unless told not to; this one cannot change by itself.
+    if isinstance(error, ModelRefused | StoreUnavailable | StorageFull):
+        # The SDKs retry every 5xx unless told not to; these cannot change by themselves.
         headers["x-should-retry"] = "false"
     elif isinstance(error, QueueFull | Unavailable):
         seconds = DEFAULT_RETRY_AFTER if error.retry_after is None else error.retry_after

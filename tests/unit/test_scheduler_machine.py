@@ -48,6 +48,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_stop_tokens=st.sampled_from([0, 0, 10, 60]),
         priority=st.integers(0, 2),
         caller=st.sampled_from(["a", "b"]),
+        is_batch=st.booleans(),
     )
     def add(
         self,
@@ -57,13 +58,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_stop_tokens: int,
         priority: int,
         caller: str,
+        is_batch: bool,
     ) -> None:
         sampling = SamplingParams(
             max_tokens=max_tokens,
             min_tokens=min(min_tokens, max_tokens),
             stop_token_ids=tuple(range(num_stop_tokens)),
         )
-        self.loop.add(num_prompt_tokens, sampling=sampling, priority=priority, caller=caller)
+        self.loop.add(
+            num_prompt_tokens,
+            sampling=sampling,
+            priority=priority,
+            caller=caller,
+            is_batch=is_batch,
+        )
 
     @precondition(lambda self: not self.loop.in_flight)
     @rule()

@@ -1,0 +1,30 @@
+"""The rooms' one door: everything that is kept, over one database."""
+
+from __future__ import annotations
+
+from quantd.daemon.config import StoreSettings
+from quantd.daemon.store import files
+from quantd.daemon.store.batches import Batches
+from quantd.daemon.store.database import Connection, Database
+from quantd.daemon.store.files import Files
+from quantd.daemon.store.outbox import Outbox
+
+
+class Store:
+    """Opens nothing before the first call of one of its parts."""
+
+    def __init__(self, settings: StoreSettings) -> None:
+        self.database = Database(settings.path, self._on_open, (files.FOLDER,))
+        self.files = Files(self.database, settings.file_bytes, settings.files_bytes)
+        self.batches = Batches(self.database)
+        self.outbox = Outbox(self.database)
+
+    def _on_open(self, db: Connection) -> None:
+        files.tidy(db, self.files.folder)
+
+    def exists(self) -> bool:
+        """Whether a former run may have left something; opens nothing."""
+        return self.database.exists()
+
+    async def close(self) -> None:
+        await self.database.close()
