@@ -91,11 +91,13 @@ class Service:
     async def _start(self, listeners: list[Listener]) -> Faces:
         from quantd.daemon.fleet import Fleet
         from quantd.daemon.server.auth import ApiKeys
+        from quantd.daemon.server.state import State
 
         self._keys = ApiKeys.from_file(self._settings.server.api_keys_file)
         metrics = Metrics()
         self._fleet = Fleet(self._settings, metrics, on_change=self._on_change)
         metrics.watch(lambda: map(_sample, self._fleet.models()))
+        self._state = State(self._settings, self._fleet, metrics)
         faces = await self._open_faces(listeners, metrics)
         addresses = " and ".join(listener.address for listener in listeners)
         _log.info(f"listening on {addresses}")
@@ -103,6 +105,7 @@ class Service:
         self._notifier.ready()
         self._start_watchdog()
         self._fleet.preload()
+        self._state.resume()
         asyncio.get_running_loop().call_later(_FREEZE_SECONDS, _freeze)
         return faces
 
@@ -114,16 +117,16 @@ class Service:
         async def reload() -> list[str]:
             return self.reload().lines()
 
-        server, keys = self._settings.server, self._keys
+        server, keys, state = self._settings.server, self._keys, self._state
         actions = AdminActions(reload=reload, drain=self._on_stop)
         faces = Faces()
         tcp = [listener for listener in listeners if not listener.is_unix]
         unix = [listener for listener in listeners if listener.is_unix]
         if tcp:
-            app = create_app(server, self._fleet, metrics, keys=keys)
+            app = create_app(server, self._fleet, metrics, keys=keys, state=state)
             await faces.add(create_runner(app), tcp)
         if unix:
-            app = create_app(server, self._fleet, metrics, admin=actions)
+            app = create_app(server, self._fleet, metrics, admin=actions, state=state)
             await faces.add(create_runner(app), unix)
         return faces
 
@@ -132,13 +135,15 @@ class Service:
     async def _end(self, faces: Faces) -> int:
         """Lets running requests finish, ends the models, then the connections."""
         seconds = self._settings.server.drain_seconds
-        self._notifier.stopping(seconds + 4 * _CLOSE_SECONDS)
+        self._notifier.stopping(seconds + 6 * _CLOSE_SECONDS)
         self._notifier.status("finishing the running requests")
         _log.info("stopping", drain_seconds=seconds)
         faces.release_inherited()
+        await self._within(_CLOSE_SECONDS, "batches", self._state.stop())
         await self._within(seconds + _CLOSE_SECONDS, "requests", self._fleet.drain(seconds))
         await self._within(_CLOSE_SECONDS, "models", self._fleet.close())
         await self._within(_CLOSE_SECONDS, "connections", faces.close())
+        await self._within(_CLOSE_SECONDS, "the store", self._state.close())
         _log.info("stopped")
         return int(self._stop_now.is_set())
 

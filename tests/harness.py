@@ -104,6 +104,8 @@ class Daemon(Server):
         self.socket = self.folder / "quantd.sock"
         self.log = self.folder / "log"
         listen = ["--port", "0", "--socket", str(self.socket)]
+        if not any(argument.startswith("--store-path") for argument in arguments):
+            listen += ["--store-path", str(self.folder / "state")]
         command = [sys.executable, "-m", "quantd.daemon", "serve", *arguments, *listen]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with self.log.open("wb") as log:

@@ -17,7 +17,7 @@ import aiohttp
 from fakes import make_tables
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from quantd.daemon.config import ServerSettings
+from quantd.daemon.config import ServerSettings, Settings, StoreSettings, WebhookSettings
 from quantd.daemon.engine.stats import EngineStats, RequestState
 from quantd.daemon.engine.stream import Leaving, TokenStream
 from quantd.daemon.errors import ModelNotFound, QuantdError, RequestError
@@ -28,6 +28,7 @@ from quantd.daemon.server.auth import ApiKeys
 from quantd.daemon.server.connection import connections
 from quantd.daemon.server.context import Clock
 from quantd.daemon.server.sockets import bind_tcp
+from quantd.daemon.server.state import State
 from quantd.daemon.telemetry.metrics import Metrics
 from quantd.daemon.text import TextModel
 from quantd.daemon.text.checkpoint import TextFiles
@@ -276,11 +277,23 @@ class FakeFleet:
 class Served:
     """A running server and a client that is connected to it."""
 
-    def __init__(self, fleet: FakeFleet, session: aiohttp.ClientSession, port: int) -> None:
+    def __init__(
+        self,
+        fleet: FakeFleet,
+        session: aiohttp.ClientSession,
+        port: int,
+        state: State | None = None,
+    ) -> None:
         self.fleet = fleet
+        self._state = state
         self.engine = fleet.engine
         self.session = session
         self.port = port
+
+    @property
+    def state(self) -> State:
+        assert self._state is not None
+        return self._state
 
     async def get(self, path: str, **options: Any) -> tuple[int, Any]:
         async with self.session.get(path, **options) as response:
@@ -322,15 +335,27 @@ async def serving(
     keys: ApiKeys | None = None,
     clock: Clock | None = None,
     send_buffer: int | None = None,
+    store: StoreSettings | None = None,
+    webhooks: WebhookSettings | None = None,
 ) -> AsyncIterator[Served]:
-    """The TCP application on a free port. `send_buffer`: bytes the kernel keeps per connection."""
+    """The TCP application on a free port. `send_buffer`: bytes the kernel keeps per connection.
+    Without `store` nothing is kept."""
     fleet = fleet or FakeFleet()
+    kept = Settings(
+        server=settings or ServerSettings(),
+        store=store or StoreSettings(),
+        webhooks=webhooks or WebhookSettings(),
+    )
+    metrics = Metrics()
+    state = State(kept, fleet, metrics, clock)  # type: ignore[arg-type]
+    state.resume()
     app = create_app(
         settings or ServerSettings(),
         fleet,  # type: ignore[arg-type]
-        Metrics(),
+        metrics,
         keys=keys,
         clock=clock,
+        state=state,
     )
     runner = create_runner(app)
     await runner.setup()
@@ -341,11 +366,13 @@ async def serving(
     port = sock.getsockname()[1]
     async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
         try:
-            yield Served(fleet, session, port)
+            yield Served(fleet, session, port, state)
         finally:
+            await state.stop()
             await session.close()
             server.close()
             await runner.cleanup()
+            await state.close()
 
 
 @asynccontextmanager

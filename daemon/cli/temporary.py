@@ -31,6 +31,7 @@ def temporary_daemon(model: str | None, config: str | None) -> Iterator[Target]:
         path = Path(folder) / "quantd.sock"
         command = [sys.executable, "-m", "quantd.daemon", "serve"]
         command += ["--socket", str(path), "--port", "0", "--drain-seconds", "0"]
+        command += ["--store-path", str(Path(folder) / "state")]
         command += ["--log-level", "warning", "--log-format", "console"]
         command += ["--config", config] if config else []
         command += [model] if model is not None else []

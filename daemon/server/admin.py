@@ -113,6 +113,26 @@ async def check(request: web.Request) -> web.Response:
     return json_response({"wrong": wrong}, status=500 if wrong else 200)
 
 
+async def batches(request: web.Request) -> web.Response:
+    """Everybody's batches that have not ended; empty without a look at the disk when none runs."""
+    state = request.app[CONTEXT].state
+    found = await state.store.batches.unfinished() if state.batches.num_running else []
+    shown = [
+        {
+            "id": batch.id,
+            "caller": batch.owner,
+            "status": batch.status,
+            "model": batch.model,
+            "endpoint": batch.endpoint,
+            "total": batch.total,
+            "completed": batch.completed,
+            "failed": batch.failed,
+        }
+        for batch in found
+    ]
+    return json_response({"batches": shown})
+
+
 class KvBody(msgspec.Struct):
     model: str
     kv_bytes: int | str | None = None

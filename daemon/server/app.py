@@ -8,11 +8,21 @@ from aiohttp import web
 
 from quantd.daemon.config import ServerSettings
 from quantd.daemon.server import admin as admin_routes
-from quantd.daemon.server import chat, completions, middleware, models, system, tokens
+from quantd.daemon.server import (
+    batches,
+    chat,
+    completions,
+    files,
+    middleware,
+    models,
+    system,
+    tokens,
+)
 from quantd.daemon.server.admin import ACTIONS, AdminActions
 from quantd.daemon.server.auth import ApiKeys, HostRule
 from quantd.daemon.server.context import CONTEXT, Clock, Context
 from quantd.daemon.server.grammar import GrammarCheck
+from quantd.daemon.server.state import State, no_state
 
 if TYPE_CHECKING:
     from quantd.daemon.fleet import Fleet
@@ -27,9 +37,11 @@ def create_app(
     keys: ApiKeys | None = None,
     admin: AdminActions | None = None,
     clock: Clock | None = None,
+    state: State | None = None,
 ) -> web.Application:
     """`admin` given: the application of the Unix socket. It has the admin routes, asks for no key
-    and does not look at Host and Origin, because no browser can get there."""
+    and does not look at Host and Origin, because no browser can get there. Without `state`
+    nothing is kept."""
     if admin is None:
         rule = HostRule(settings.host, settings.allowed_hosts, settings.allowed_origins)
         guard = middleware.tcp_guard(rule)
@@ -39,8 +51,16 @@ def create_app(
         client_max_size=settings.body_limit_bytes, middlewares=[middleware.errors, guard]
     )
     clock = clock or Clock()
+    state = state or no_state(settings, fleet, metrics, clock)
     app[CONTEXT] = Context(
-        settings, fleet, metrics, keys or ApiKeys(), clock, clock.monotonic(), GrammarCheck()
+        settings,
+        fleet,
+        metrics,
+        keys or ApiKeys(),
+        clock,
+        clock.monotonic(),
+        GrammarCheck(),
+        state,
     )
     app.on_response_prepare.append(middleware.add_headers)
     app.add_routes(_ROUTES)
@@ -67,6 +87,15 @@ _ROUTES = [
     web.get("/v1/models/{model:.+}", models.get_model),
     web.post("/v1/completions", completions.completions),
     web.post("/v1/chat/completions", chat.chat_completions),
+    web.post("/v1/files", files.create_file),
+    web.get("/v1/files", files.list_files),
+    web.get("/v1/files/{id}", files.get_file),
+    web.get("/v1/files/{id}/content", files.get_content),
+    web.delete("/v1/files/{id}", files.delete_file),
+    web.post("/v1/batches", batches.create_batch),
+    web.get("/v1/batches", batches.list_batches),
+    web.get("/v1/batches/{id}", batches.get_batch),
+    web.post("/v1/batches/{id}/cancel", batches.cancel_batch),
     web.post("/tokenize", tokens.tokenize),
     web.post("/detokenize", tokens.detokenize),
     web.get("/health", system.health),
@@ -83,5 +112,6 @@ _ADMIN_ROUTES = [
     web.post("/admin/models/load", admin_routes.load_model),
     web.post("/admin/models/unload", admin_routes.unload_model),
     web.get("/admin/state", admin_routes.state),
+    web.get("/admin/batches", admin_routes.batches),
     web.get("/admin/check", admin_routes.check),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -12,8 +13,8 @@ import msgspec
 from aiohttp import web
 
 from quantd.daemon.errors import RequestError
-from quantd.daemon.server.body import read_body
-from quantd.daemon.server.context import CONTEXT
+from quantd.daemon.server.body import decode, read_body
+from quantd.daemon.server.context import Asker, asker
 from quantd.daemon.server.generate import Api, Generation, Prompt, Usage, generation
 from quantd.daemon.server.logprobs import ChatLogprobs, chat_logprobs
 from quantd.daemon.server.messages import check_messages, encode_messages, num_chars, off_loop
@@ -74,14 +75,28 @@ class ChatReply(msgspec.Struct):
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     body = await read_body(request, _DECODER)
     options = _read_options(body)
-    hides = body.include_reasoning is False
-    running = generation(request, body.model, options, _API, partial(_encode, body, options))
+    who = asker(request)
+    running = generation(who, body.model, options, _API, partial(_encode, body, options))
     if options.stream:
-        chunks = partial(ChatChunks, hides_reasoning=hides)
+        chunks = partial(ChatChunks, hides_reasoning=body.include_reasoning is False)
         return await stream_generation(request, running, chunks)
+    return json_response(await _answer(who, running, body))
+
+
+async def answer(raw: bytes, asker: Asker) -> ChatReply:
+    """The whole answer to a body that does not come with an HTTP request of its own."""
+    body = decode(raw, _DECODER)
+    options = _read_options(body)
+    running = generation(asker, body.model, options, _API, partial(_encode, body, options))
+    return await _answer(asker, running, body)
+
+
+async def _answer(
+    asker: Asker, running: AbstractAsyncContextManager[Generation], body: ChatBody
+) -> ChatReply:
     async with running as made:
-        results = await collect_valid(made, request.app[CONTEXT].metrics)
-        return json_response(_reply(made, results, hides_reasoning=hides))
+        results = await collect_valid(made, asker.context.metrics)
+        return _reply(made, results, hides_reasoning=body.include_reasoning is False)
 
 
 def _read_options(body: ChatBody) -> Options:

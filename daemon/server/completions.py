@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,9 @@ import msgspec
 from aiohttp import web
 
 from quantd.daemon.errors import RequestError
-from quantd.daemon.server.body import read_body
+from quantd.daemon.server.body import decode, read_body
 from quantd.daemon.server.choice import Delta, TokenEntry
+from quantd.daemon.server.context import Asker, asker
 from quantd.daemon.server.generate import Api, Generation, Prompt, Usage, collect, generation
 from quantd.daemon.server.logprobs import CompletionLogprobs, completion_logprobs
 from quantd.daemon.server.messages import off_loop
@@ -62,12 +64,25 @@ async def completions(request: web.Request) -> web.StreamResponse:
     body = await read_body(request, _DECODER)
     options = _read_options(body)
     encode = partial(_encode, body, _read_prompt(body.prompt))
-    running = generation(request, body.model, options, _API, encode)
+    running = generation(asker(request), body.model, options, _API, encode)
     if options.stream:
         return await stream_generation(request, running, partial(CompletionChunks, body.echo))
+    return json_response(await _answer(running, body))
+
+
+async def answer(raw: bytes, asker: Asker) -> CompletionReply:
+    """The whole answer to a body that does not come with an HTTP request of its own."""
+    body = decode(raw, _DECODER)
+    options = _read_options(body)
+    encode = partial(_encode, body, _read_prompt(body.prompt))
+    return await _answer(generation(asker, body.model, options, _API, encode), body)
+
+
+async def _answer(
+    running: AbstractAsyncContextManager[Generation], body: CompletionBody
+) -> CompletionReply:
     async with running as made:
-        results = await collect(made)
-        return json_response(_reply(made, results, bool(body.echo)))
+        return _reply(made, await collect(made), bool(body.echo))
 
 
 def _read_options(body: CompletionBody) -> Options:

@@ -16,6 +16,7 @@ from quantd.daemon.server.grammar import GrammarCheck
 if TYPE_CHECKING:
     from quantd.daemon.fleet import Fleet
     from quantd.daemon.server.auth import ApiKeys
+    from quantd.daemon.server.state import State
     from quantd.daemon.telemetry.metrics import Metrics
 
 
@@ -40,6 +41,25 @@ class Context:
     started: float
     """When the daemon came up, by `clock.monotonic`."""
     check_grammar: GrammarCheck
+    state: State
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """On whose behalf a model works: of who sent a request, or of a batch's owner."""
+
+    context: Context
+    caller: str
+    """The API key's name; "" without keys."""
+    is_batch: bool = False
+
+    @property
+    def fleet(self) -> Fleet:
+        return self.context.fleet
+
+    @property
+    def clock(self) -> Clock:
+        return self.context.clock
 
 
 CONTEXT = web.AppKey("context", Context)
@@ -48,3 +68,7 @@ CALLER = web.RequestKey("caller", str)
 """The API key's name; "" without keys."""
 ORIGIN = web.RequestKey("origin", str)
 """The Origin that was allowed; absent when the request has none."""
+
+
+def asker(request: web.Request) -> Asker:
+    return Asker(request.app[CONTEXT], request[CALLER])

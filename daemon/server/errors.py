@@ -43,8 +43,11 @@ class ErrorBody(msgspec.Struct):
 
 def encode_error(error: QuantdError) -> bytes:
     """The body of the response, or the data of an SSE event."""
-    detail = ErrorDetail(error.message, error.type, error.param, error.error_code)
-    return msgspec.json.encode(ErrorBody(detail))
+    return msgspec.json.encode(error_body(error))
+
+
+def error_body(error: QuantdError) -> ErrorBody:
+    return ErrorBody(ErrorDetail(error.message, error.type, error.param, error.error_code))
 
 
 def error_response(error: QuantdError) -> web.Response:

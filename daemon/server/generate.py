@@ -15,11 +15,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
-from aiohttp import web
 
 from quantd.daemon.errors import DeadlineExceeded, RequestError
 from quantd.daemon.server.choice import Choice, Delta
-from quantd.daemon.server.context import CALLER, CONTEXT
+from quantd.daemon.server.context import Asker
 from quantd.daemon.server.sampling import Options, check_ids
 from quantd.daemon.server.submit import Submitter
 
@@ -158,29 +157,28 @@ async def _interleave(choices: Sequence[Choice]) -> AsyncIterator[Delta]:
 
 @asynccontextmanager
 async def generation(
-    request: web.Request, model: str | None, options: Options, api: Api, encode: EncodePrompts
+    asker: Asker, model: str | None, options: Options, api: Api, encode: EncodePrompts
 ) -> AsyncIterator[Generation]:
     """Waits for the model, encodes, submits; gives the model back at the end, and what still runs
     is aborted whatever the reason: a client that left, a stop string, an error."""
-    context = request.app[CONTEXT]
-    came = context.clock.monotonic()
+    clock = asker.clock
+    came = clock.monotonic()
     for given in options.grammars():
-        await context.check_grammar(given)
+        await asker.context.check_grammar(given)
     deadline = None if options.timeout is None else came + options.timeout
-    async with await _lease(context.fleet, model, options.timeout) as lease:
-        arrival = context.clock.monotonic()
+    async with await _lease(asker.fleet, model, options.timeout) as lease:
+        arrival = clock.monotonic()
         vocab_size = lease.info.vocab_size
         prompts = [_checked(p, options, vocab_size, api) for p in await encode(lease.text)]
         id = api.id_prefix + (options.request_id or uuid.uuid4().hex)
-        caller = request[CALLER]
         made = Generation(
             id=id,
-            created=int(context.clock.wall()),
+            created=int(clock.wall()),
             model=lease.name,
             text=lease.text,
             options=options,
             prompts=prompts,
-            submitter=Submitter(lease, options, api.takes_parts, id, arrival, deadline, caller),
+            submitter=Submitter(lease, options, api.takes_parts, id, arrival, deadline, asker),
             choices=[],
         )
         try:

@@ -82,7 +82,7 @@ def tcp_guard(rule: HostRule) -> Middleware:
 
 def _preflight(request: web.Request) -> web.Response:
     headers = {
-        "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
+        "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
         "Access-Control-Allow-Headers": request.headers.get("Access-Control-Request-Headers", "*"),
         "Access-Control-Max-Age": "600",
     }

@@ -14,6 +14,7 @@ from quantd.daemon.errors import RequestError
 from quantd.daemon.grammar import MAX_BYTES
 from quantd.daemon.scheduler.admission import usable_context
 from quantd.daemon.server.choice import Choice
+from quantd.daemon.server.context import Asker
 from quantd.daemon.server.sampling import Options
 from quantd.daemon.text import OutputText
 from quantd.daemon.types import Grammar, Request, SamplingParams
@@ -33,7 +34,7 @@ class Submitter:
     id: str
     arrival: float
     deadline: float | None
-    caller: str
+    asker: Asker
 
     def grammar(self, prompt: Sequence[int], *, enforced: bool = False) -> Grammar | None:
         """What the output after this prompt may be. enforced: calls can be read though nothing
@@ -92,8 +93,9 @@ class Submitter:
             prompt=prompt,
             sampling=sampling,
             priority=options.priority,
+            is_batch=self.asker.is_batch,
             arrival=self.arrival,
-            caller=self.caller,
+            caller=self.asker.caller,
             cache_salt=options.cache_salt,
             deadline=self.deadline,
             timeout=options.timeout,

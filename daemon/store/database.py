@@ -122,15 +122,16 @@ class Database:
         path = self.folder / FILE
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
-            # Only for a new file: how much is given back after large batches.
-            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("PRAGMA busy_timeout = 5000")
+            # Before anything is written: what is set aside is as it was found.
             if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
                 connection.close()
                 return None
-            self._migrate(connection)
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:  # what large batches took can be given back; not changed later
+                connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            self._migrate(connection, version)
         except sqlite3.DatabaseError as error:
             connection.close()
             if _code(error) in _DAMAGE:
@@ -141,8 +142,7 @@ class Database:
             raise
         return connection
 
-    def _migrate(self, connection: Connection) -> None:
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
+    def _migrate(self, connection: Connection, version: int) -> None:
         if version > len(STEPS):
             raise StoreUnavailable(
                 f"{self.folder / FILE} was written by a newer quantd (its version is {version}, "

@@ -156,7 +156,7 @@ async def test_from_start_to_end(tmp_path: Path, executors: dict[str, FakeExecut
         os.kill(os.getpid(), signal.SIGTERM)
         assert await bench.running == 0
         assert bench.messages() == [
-            "STOPPING=1\nEXTEND_TIMEOUT_USEC=50000000",
+            "STOPPING=1\nEXTEND_TIMEOUT_USEC=60000000",
             "STATUS=finishing the running requests",
         ]
         assert executors["a"].closed

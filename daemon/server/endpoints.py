@@ -1,0 +1,45 @@
+"""What a line of a batch may ask for: a body, as an API takes it, to a reply in one piece."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from quantd.daemon.server import chat, completions
+from quantd.daemon.server.context import Asker
+
+
+class Counts(NamedTuple):
+    """Of tokens, under the names of the newer APIs."""
+
+    input: int
+    cached: int
+    output: int
+    reasoning: int
+
+
+class Endpoint(NamedTuple):
+    answer: Callable[[bytes, Asker], Awaitable[Any]]
+    """From the body to the reply's struct; raises what the route would answer with."""
+    counts: Callable[[Any], Counts]
+    """Of a reply."""
+
+
+def _counts(reply: chat.ChatReply | completions.CompletionReply) -> Counts:
+    usage = reply.usage
+    return Counts(
+        usage.prompt_tokens,
+        usage.prompt_tokens_details.cached_tokens,
+        usage.completion_tokens,
+        usage.completion_tokens_details.reasoning_tokens,
+    )
+
+
+ENDPOINTS: Mapping[str, Endpoint] = MappingProxyType(
+    {
+        "/v1/chat/completions": Endpoint(chat.answer, _counts),
+        "/v1/completions": Endpoint(completions.answer, _counts),
+    }
+)
+"""By URL. A new one needs no more than its line here."""
