@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import itertools
 import json
+import os
+import shutil
 import socket
-from collections.abc import Generator, Mapping
+import uuid
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from quantd.daemon.cli.parser import settings_flags
 from quantd.daemon.config import Environment, load
 from quantd.daemon.config.environment import SYSTEM_SOCKET
 from quantd.daemon.errors import QuantdError
+
+_PIECE = 1 << 20
 
 
 class ClientError(QuantdError):
@@ -93,6 +100,37 @@ class Target:
             response.close()
             connection.close()
 
+    def upload(self, path: str, file: Path, fields: Mapping[str, str]) -> Any:
+        """Posts a file as a form, in pieces. Raises OSError when it cannot be read."""
+        mark = uuid.uuid4().hex
+        part = f'--{mark}\r\nContent-Disposition: form-data; name="'
+        head = "".join(f'{part}{name}"\r\n\r\n{text}\r\n' for name, text in fields.items())
+        name = quote(file.name, safe=" ()[]+,;=@")
+        head += f'{part}file"; filename="{name}"\r\n\r\n'
+        start, end = head.encode(), f"\r\n--{mark}--\r\n".encode()
+        with file.open("rb") as data:
+            headers = {
+                "Content-Type": f"multipart/form-data; boundary={mark}",
+                "Content-Length": str(len(start) + os.fstat(data.fileno()).st_size + len(end)),
+            }
+            pieces = itertools.chain([start], iter(lambda: data.read(_PIECE), b""), [end])
+            connection, response = self._request("POST", path, pieces, headers)
+            try:
+                return json.loads(response.read())
+            finally:
+                connection.close()
+
+    def download(self, path: str, file: Path) -> None:
+        """Writes an answer's bytes, in pieces. Raises OSError when it cannot be written."""
+        connection, response = self._send("GET", path, None)
+        try:
+            with file.open("wb") as data:
+                shutil.copyfileobj(response, data, _PIECE)
+        except http.client.HTTPException as error:
+            raise ClientError(f"the connection to the daemon broke: {error}") from None
+        finally:
+            connection.close()
+
     def _call(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
         connection, response = self._send(method, path, body)
         try:
@@ -105,11 +143,20 @@ class Target:
     def _send(
         self, method: str, path: str, body: Mapping[str, Any] | None
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        data = None
-        if body is not None:
-            headers["Content-Type"] = "application/json"
-            data = json.dumps(body).encode()
+        if body is None:
+            return self._request(method, path, None, {})
+        headers = {"Content-Type": "application/json"}
+        return self._request(method, path, json.dumps(body).encode(), headers)
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        data: bytes | Iterable[bytes] | None,
+        headers: dict[str, str],
+    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        if self.api_key:
+            headers["Authorization"] = f"Bearer {self.api_key}"
         connection = self.connect()
         try:
             connection.request(method, path, data, headers)

@@ -29,6 +29,7 @@ def new_parser() -> Parser:
     _add_serve(commands)
     _add_run(commands)
     _add_talking(commands)
+    _add_batch(commands)
     _add_inspect(commands)
     _add_eval(commands)
     _add_bench(commands)
@@ -112,6 +113,20 @@ def _add_talking(commands: Any) -> None:
     reload = _add(commands, "reload", "models", "have the daemon read its configuration again")
     reload.set_defaults(action="reload", model=None)
     _add_target(reload)
+
+
+def _add_batch(commands: Any) -> None:
+    batch = _add(commands, "batch", "batch", "run a file of requests and wait for the results")
+    batch.description = (
+        "Runs a JSONL file of OpenAI's batch form and writes FILE.output.jsonl and, if requests "
+        "failed, FILE.errors.jsonl beside it. Ctrl-C cancels the batch and writes what is there."
+    )
+    batch.add_argument("file", metavar="FILE", help='lines of "custom_id", "method", "url", "body"')
+    batch.add_argument("--output", metavar="PATH", help="instead of FILE.output.jsonl")
+    batch.add_argument("--errors", metavar="PATH", help="instead of FILE.errors.jsonl")
+    batch.add_argument("--window", metavar="TIME", default="24h", help="most time for it; 24h")
+    batch.add_argument("--detach", action="store_true", help="print the batch's id and do not wait")
+    _add_target(batch)
 
 
 def _interval(text: str) -> float:

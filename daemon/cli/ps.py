@@ -7,8 +7,9 @@ import json
 from typing import Any
 
 from quantd.daemon.cli import client
-from quantd.daemon.cli.screen import size, table
+from quantd.daemon.cli.screen import bar, size, table
 
+_BATCH_HEADER = ["BATCH", "STATUS", "MODEL", "CALLER", "DONE", "FAILED"]
 _HEADER = ["MODEL", "STATE", "WEIGHTS", "KV USED", "CONTEXT", "DEVICE", "RUNNING", "WAITING"]
 
 
@@ -18,11 +19,42 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(models, indent=2))
         return 0
+    batches = _batches(daemon)
     print(table([_HEADER, *map(_row, models)]))
     for model in models:
         if model["reason"]:
             print(f"\n{model['name']}: {model['reason']}")
+    if batches:
+        print("\n" + table([_BATCH_HEADER, *map(_batch_row, batches)]))
     return 0
+
+
+def _batches(daemon: client.Target) -> list[dict[str, Any]]:
+    """Those that have not ended: everybody's over the Unix socket, else the key's own."""
+    if daemon.path is not None:
+        found: list[dict[str, Any]] = daemon.get("/admin/batches")["batches"]
+        return found
+    try:
+        page = daemon.get("/v1/batches")["data"]
+    except client.ClientError:
+        return []  # a daemon that keeps nothing
+    return [
+        {**batch, **batch["request_counts"], "caller": "-"}
+        for batch in page
+        if batch["status"] in ("validating", "in_progress", "finalizing", "cancelling")
+    ]
+
+
+def _batch_row(batch: dict[str, Any]) -> list[str]:
+    done, total = batch["completed"] + batch["failed"], batch["total"]
+    return [
+        batch["id"],
+        batch["status"],
+        batch["model"] or "-",
+        batch["caller"] or "-",
+        f"{bar(done / total)} {done} of {total}" if total else "-",
+        str(batch["failed"]),
+    ]
 
 
 def _models(daemon: client.Target) -> list[dict[str, Any]]:
