@@ -74,9 +74,9 @@ class ChatReply(msgspec.Struct):
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     body = await read_body(request, _DECODER)
-    options = _read_options(body)
+    options = read_options_of(body)
     who = asker(request)
-    running = generation(who, body.model, options, _API, partial(_encode, body, options))
+    running = generation(who, body.model, options, _API, partial(encode, body, options))
     if options.stream:
         chunks = partial(ChatChunks, hides_reasoning=body.include_reasoning is False)
         return await stream_generation(request, running, chunks)
@@ -86,8 +86,8 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 async def answer(raw: bytes, asker: Asker) -> ChatReply:
     """The whole answer to a body that does not come with an HTTP request of its own."""
     body = decode(raw, _DECODER)
-    options = _read_options(body)
-    running = generation(asker, body.model, options, _API, partial(_encode, body, options))
+    options = read_options_of(body)
+    running = generation(asker, body.model, options, _API, partial(encode, body, options))
     return await _answer(asker, running, body)
 
 
@@ -99,7 +99,7 @@ async def _answer(
         return _reply(made, results, hides_reasoning=body.include_reasoning is False)
 
 
-def _read_options(body: ChatBody) -> Options:
+def read_options_of(body: ChatBody) -> Options:
     check_messages(body, body.messages)
     refuse_unserved(body, _UNSERVED)
     # The newer name wins where a client sends both for the sake of older servers.
@@ -114,14 +114,14 @@ def _read_options(body: ChatBody) -> Options:
     return dataclasses.replace(options, tools=tools)
 
 
-async def _encode(body: ChatBody, options: Options, text: TextModel) -> list[Prompt]:
+async def encode(body: ChatBody, options: Options, text: TextModel) -> list[Prompt]:
     tools = None
     if options.tools is not None:
         options.tools.check(text.format)
         tools = options.tools.shown
     extra = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
-    encode = partial(encode_messages, text, body, body.messages, tools, extra)
-    return [Prompt(tuple(await off_loop(num_chars(body.messages, tools), encode)))]
+    work = partial(encode_messages, text, body, body.messages, tools, extra)
+    return [Prompt(tuple(await off_loop(num_chars(body.messages, tools), work)))]
 
 
 def _reply(made: Generation, results: Sequence[Delta], *, hides_reasoning: bool) -> ChatReply:

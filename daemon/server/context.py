@@ -54,6 +54,10 @@ class Asker:
     is_batch: bool = False
 
     @property
+    def state(self) -> State:
+        return self.context.state
+
+    @property
     def fleet(self) -> Fleet:
         return self.context.fleet
 

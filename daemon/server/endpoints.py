@@ -6,8 +6,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from quantd.daemon.server import chat, completions
+from quantd.daemon.server import chat, completions, responses
 from quantd.daemon.server.context import Asker
+from quantd.daemon.server.response_object import ResponseObject
 
 
 class Counts(NamedTuple):
@@ -36,10 +37,22 @@ def _counts(reply: chat.ChatReply | completions.CompletionReply) -> Counts:
     )
 
 
+def _response_counts(reply: ResponseObject) -> Counts:
+    usage = reply.usage
+    assert usage is not None, "it has ended"
+    return Counts(
+        usage.input_tokens,
+        usage.input_tokens_details.cached_tokens,
+        usage.output_tokens,
+        usage.output_tokens_details.reasoning_tokens,
+    )
+
+
 ENDPOINTS: Mapping[str, Endpoint] = MappingProxyType(
     {
         "/v1/chat/completions": Endpoint(chat.answer, _counts),
         "/v1/completions": Endpoint(completions.answer, _counts),
+        "/v1/responses": Endpoint(responses.answer, _response_counts),
     }
 )
 """By URL. A new one needs no more than its line here."""

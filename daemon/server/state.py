@@ -1,4 +1,5 @@
-"""What outlives a request: the store, batches at work, events to be sent. One for both faces."""
+"""What outlives a request: the store, batches and responses at work, events to
+be sent. One for both faces."""
 
 from __future__ import annotations
 
@@ -9,9 +10,11 @@ import structlog
 
 from quantd.daemon.config import ServerSettings, Settings
 from quantd.daemon.server.auth import ApiKeys
+from quantd.daemon.server.background import Background
 from quantd.daemon.server.batch_runner import BatchRunner
 from quantd.daemon.server.context import Asker, Clock, Context
 from quantd.daemon.server.grammar import GrammarCheck
+from quantd.daemon.server.turns import Turns
 from quantd.daemon.server.webhooks import Webhooks
 from quantd.daemon.store import Store
 
@@ -49,6 +52,8 @@ class State:
             settings.store.batch_lines,
             settings.server.body_limit_bytes,
         )
+        self.background = Background(self.store, self.webhooks, clock)
+        self.turns = Turns()
         self._resuming: asyncio.Task[None] | None = None
 
     def resume(self) -> None:
@@ -58,6 +63,7 @@ class State:
 
     async def _resume(self) -> None:
         try:
+            await self.background.resume()
             await self.batches.resume()
             self.webhooks.wake()
         except Exception as error:
@@ -67,6 +73,7 @@ class State:
         """What runs in the background is given up; it goes on after the next start."""
         if self._resuming is not None:
             self._resuming.cancel()
+        await self.background.stop()
         await self.batches.stop()
         await self.webhooks.stop()
 

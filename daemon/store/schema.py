@@ -66,6 +66,68 @@ STEPS: tuple[str, ...] = (
         PRIMARY KEY (batch, number)
     );
 
+    CREATE TABLE responses (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        owner TEXT NOT NULL,
+        previous TEXT,
+        status TEXT NOT NULL,
+        created_at INTEGER NOT NULL,
+        used_at INTEGER NOT NULL,
+        num_bytes INTEGER NOT NULL,
+        body BLOB NOT NULL,
+        stream BLOB
+    );
+    CREATE INDEX responses_by_use ON responses (used_at, seq);
+    CREATE INDEX responses_by_previous ON responses (previous) WHERE previous IS NOT NULL;
+
+    CREATE TABLE conversations (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        owner TEXT NOT NULL,
+        created_at INTEGER NOT NULL,
+        used_at INTEGER NOT NULL,
+        num_bytes INTEGER NOT NULL,
+        metadata BLOB NOT NULL
+    );
+    CREATE INDEX conversations_by_use ON conversations (used_at, seq);
+
+    -- Of a response or a conversation, in order; is_output is null for a conversation's.
+    CREATE TABLE items (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        holder TEXT NOT NULL,
+        id TEXT NOT NULL,
+        owner TEXT NOT NULL,
+        is_output INTEGER,
+        body BLOB NOT NULL,
+        UNIQUE (holder, id)
+    );
+    CREATE INDEX items_by_id ON items (id, owner);
+
+    -- Bytes of all responses and conversations, kept by the triggers.
+    CREATE TABLE kept (num_bytes INTEGER NOT NULL);
+    INSERT INTO kept VALUES (0);
+    CREATE TRIGGER responses_come AFTER INSERT ON responses BEGIN
+        UPDATE kept SET num_bytes = num_bytes + new.num_bytes;
+    END;
+    CREATE TRIGGER responses_change AFTER UPDATE OF num_bytes ON responses BEGIN
+        UPDATE kept SET num_bytes = num_bytes + new.num_bytes - old.num_bytes;
+    END;
+    CREATE TRIGGER responses_go AFTER DELETE ON responses BEGIN
+        UPDATE kept SET num_bytes = num_bytes - old.num_bytes;
+        DELETE FROM items WHERE holder = old.id;
+    END;
+    CREATE TRIGGER conversations_come AFTER INSERT ON conversations BEGIN
+        UPDATE kept SET num_bytes = num_bytes + new.num_bytes;
+    END;
+    CREATE TRIGGER conversations_change AFTER UPDATE OF num_bytes ON conversations BEGIN
+        UPDATE kept SET num_bytes = num_bytes + new.num_bytes - old.num_bytes;
+    END;
+    CREATE TRIGGER conversations_go AFTER DELETE ON conversations BEGIN
+        UPDATE kept SET num_bytes = num_bytes - old.num_bytes;
+        DELETE FROM items WHERE holder = old.id;
+    END;
+
     CREATE TABLE events (
         id TEXT PRIMARY KEY,
         body BLOB NOT NULL,

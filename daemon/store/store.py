@@ -5,9 +5,12 @@ from __future__ import annotations
 from quantd.daemon.config import StoreSettings
 from quantd.daemon.store import files
 from quantd.daemon.store.batches import Batches
+from quantd.daemon.store.bounds import Bounds
+from quantd.daemon.store.conversations import Conversations
 from quantd.daemon.store.database import Connection, Database
 from quantd.daemon.store.files import Files
 from quantd.daemon.store.outbox import Outbox
+from quantd.daemon.store.responses import Responses
 
 
 class Store:
@@ -17,6 +20,9 @@ class Store:
         self.database = Database(settings.path, self._on_open, (files.FOLDER,))
         self.files = Files(self.database, settings.file_bytes, settings.files_bytes)
         self.batches = Batches(self.database)
+        bounds = Bounds(settings.responses_bytes, settings.responses_seconds)
+        self.responses = Responses(self.database, bounds)
+        self.conversations = Conversations(self.database, bounds)
         self.outbox = Outbox(self.database)
 
     def _on_open(self, db: Connection) -> None:
