@@ -37,7 +37,12 @@ class Daemon:
         (folder / "config.toml").write_text(model)
         self._command = [sys.executable, "-m", "quantd.daemon", "serve"]
         self._command += ["--config", str(folder / "config.toml"), "--port", "0"]
-        self._command += ["--socket", str(folder / "quantd.sock")]
+        self._command += [
+            "--socket",
+            str(folder / "quantd.sock"),
+            "--store-path",
+            str(folder / "state"),
+        ]
 
     def __enter__(self) -> Daemon:
         self.started = time.monotonic()

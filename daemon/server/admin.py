@@ -116,7 +116,7 @@ async def check(request: web.Request) -> web.Response:
 async def batches(request: web.Request) -> web.Response:
     """Everybody's batches that have not ended; empty without a look at the disk when none runs."""
     state = request.app[CONTEXT].state
-    found = await state.store.batches.unfinished() if state.batches.num_running else []
+    found = await state.store.batches.unfinished() if state.num_batches else []
     shown = [
         {
             "id": batch.id,

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from quantd.daemon.config import ServerSettings
 from quantd.daemon.server import admin as admin_routes
-from quantd.daemon.server import (
-    batches,
-    chat,
-    completions,
-    conversations,
-    files,
-    middleware,
-    models,
-    responses,
-    system,
-    tokens,
-)
+from quantd.daemon.server import chat, completions, middleware, models, system, tokens
 from quantd.daemon.server.admin import ACTIONS, AdminActions
 from quantd.daemon.server.auth import ApiKeys, HostRule
 from quantd.daemon.server.context import CONTEXT, Clock, Context
@@ -84,34 +75,45 @@ def create_runner(app: web.Application) -> web.AppRunner:
     )
 
 
+def _later(module: str, name: str) -> Handler:
+    """A handler whose module is imported by its first request: most daemons never get one, and
+    these would be a tenth of the start."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        handler: Handler = getattr(import_module(f"quantd.daemon.server.{module}"), name)
+        return await handler(request)
+
+    return handle
+
+
 _ROUTES = [
     web.get("/v1/models", models.list_models),
     web.get("/v1/models/{model:.+}", models.get_model),
     web.post("/v1/completions", completions.completions),
     web.post("/v1/chat/completions", chat.chat_completions),
-    web.post("/v1/responses", responses.create),
-    web.post("/v1/responses/input_tokens", responses.input_tokens),
-    web.get("/v1/responses/{id}", responses.get),
-    web.delete("/v1/responses/{id}", responses.delete),
-    web.post("/v1/responses/{id}/cancel", responses.cancel),
-    web.get("/v1/responses/{id}/input_items", responses.input_items),
-    web.post("/v1/conversations", conversations.create),
-    web.get("/v1/conversations/{id}", conversations.get),
-    web.post("/v1/conversations/{id}", conversations.update),
-    web.delete("/v1/conversations/{id}", conversations.delete),
-    web.post("/v1/conversations/{id}/items", conversations.create_items),
-    web.get("/v1/conversations/{id}/items", conversations.list_items),
-    web.get("/v1/conversations/{id}/items/{item}", conversations.get_item),
-    web.delete("/v1/conversations/{id}/items/{item}", conversations.delete_item),
-    web.post("/v1/files", files.create_file),
-    web.get("/v1/files", files.list_files),
-    web.get("/v1/files/{id}", files.get_file),
-    web.get("/v1/files/{id}/content", files.get_content),
-    web.delete("/v1/files/{id}", files.delete_file),
-    web.post("/v1/batches", batches.create_batch),
-    web.get("/v1/batches", batches.list_batches),
-    web.get("/v1/batches/{id}", batches.get_batch),
-    web.post("/v1/batches/{id}/cancel", batches.cancel_batch),
+    web.post("/v1/responses", _later("responses", "create")),
+    web.post("/v1/responses/input_tokens", _later("responses", "input_tokens")),
+    web.get("/v1/responses/{id}", _later("responses", "get")),
+    web.delete("/v1/responses/{id}", _later("responses", "delete")),
+    web.post("/v1/responses/{id}/cancel", _later("responses", "cancel")),
+    web.get("/v1/responses/{id}/input_items", _later("responses", "input_items")),
+    web.post("/v1/conversations", _later("conversations", "create")),
+    web.get("/v1/conversations/{id}", _later("conversations", "get")),
+    web.post("/v1/conversations/{id}", _later("conversations", "update")),
+    web.delete("/v1/conversations/{id}", _later("conversations", "delete")),
+    web.post("/v1/conversations/{id}/items", _later("conversations", "create_items")),
+    web.get("/v1/conversations/{id}/items", _later("conversations", "list_items")),
+    web.get("/v1/conversations/{id}/items/{item}", _later("conversations", "get_item")),
+    web.delete("/v1/conversations/{id}/items/{item}", _later("conversations", "delete_item")),
+    web.post("/v1/files", _later("files", "create_file")),
+    web.get("/v1/files", _later("files", "list_files")),
+    web.get("/v1/files/{id}", _later("files", "get_file")),
+    web.get("/v1/files/{id}/content", _later("files", "get_content")),
+    web.delete("/v1/files/{id}", _later("files", "delete_file")),
+    web.post("/v1/batches", _later("batches", "create_batch")),
+    web.get("/v1/batches", _later("batches", "list_batches")),
+    web.get("/v1/batches/{id}", _later("batches", "get_batch")),
+    web.post("/v1/batches/{id}/cancel", _later("batches", "cancel_batch")),
     web.post("/tokenize", tokens.tokenize),
     web.post("/detokenize", tokens.detokenize),
     web.get("/health", system.health),

@@ -1,0 +1,282 @@
+"""Responses and conversations by the official SDK, unchanged, against the daemon."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from harness import Daemon, Server
+
+pytestmark = pytest.mark.xdist_group("clients")
+
+QUESTION = "Sort these numbers: 42, 7, 19"
+ASK: dict[str, Any] = {"model": "demo", "temperature": 0, "max_output_tokens": 24}
+LONG: dict[str, Any] = ASK | {"max_output_tokens": 2000, "extra_body": {"ignore_eos": True}}
+
+
+def connect(server: Server, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def client(demo_server: Server) -> Iterator[openai.OpenAI]:
+    with connect(demo_server) as client:
+        yield client
+
+
+def ended(client: openai.OpenAI, id: str) -> Any:
+    deadline = time.monotonic() + 120
+    while (response := client.responses.retrieve(id)).status in ("queued", "in_progress"):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return response
+
+
+def test_it_says_what_the_chat_says(client: openai.OpenAI) -> None:
+    response = client.responses.create(input=QUESTION, **ASK)
+    said = client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": QUESTION}],
+        temperature=0,
+        max_completion_tokens=24,
+    )
+    assert response.output_text == said.choices[0].message.content
+    assert response.usage is not None and said.usage is not None
+    assert response.usage.input_tokens == said.usage.prompt_tokens
+    assert response.usage.output_tokens == said.usage.completion_tokens
+    assert response.status == "completed" and response.object == "response"
+    kept = client.responses.retrieve(response.id)
+    assert kept.output == response.output and kept.usage == response.usage
+    counted = client.responses.input_tokens.count(model="demo", input=QUESTION)
+    assert counted.input_tokens == response.usage.input_tokens
+
+
+def test_streamed(client: openai.OpenAI) -> None:
+    plain = client.responses.create(input=QUESTION, **ASK)
+    with client.responses.stream(input=QUESTION, **ASK) as stream:
+        events = list(stream)
+        final = stream.get_final_response()
+    kinds = [event.type for event in events]
+    assert kinds[:4] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
+    assert kinds[-4:] == [
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    text = "".join(e.delta for e in events if e.type == "response.output_text.delta")
+    assert text == final.output_text == plain.output_text
+
+
+def test_the_second_turn_computes_what_is_new(client: openai.OpenAI) -> None:
+    opening = "Tell me about quantd. " * 8
+    first = client.responses.create(input=opening, **ASK)
+    second = client.responses.create(input="And in one word?", previous_response_id=first.id, **ASK)
+    assert first.usage is not None and second.usage is not None
+    used = first.usage.input_tokens + first.usage.output_tokens
+    cached = second.usage.input_tokens_details.cached_tokens
+    assert cached >= first.usage.input_tokens // 16 * 16
+    assert second.usage.input_tokens > used - 2
+    # The same conversation by hand is the same prompt.
+    by_hand = client.chat.completions.create(
+        model="demo",
+        messages=[
+            {"role": "user", "content": opening},
+            {"role": "assistant", "content": first.output_text},
+            {"role": "user", "content": "And in one word?"},
+        ],
+        temperature=0,
+        max_completion_tokens=24,
+    )
+    assert by_hand.usage is not None
+    assert by_hand.usage.prompt_tokens == second.usage.input_tokens
+    assert by_hand.choices[0].message.content == second.output_text
+
+
+def test_a_function_call_and_its_output_stay_in_the_chain(client: openai.OpenAI) -> None:
+    """The call is the client's own: whether a model calls is tested where tools are."""
+    call = {
+        "type": "function_call",
+        "call_id": "call_1",
+        "name": "weather",
+        "arguments": '{"city": "Oslo"}',
+    }
+    question = {"role": "user", "content": "How is the weather in Oslo?"}
+    first = client.responses.create(input=[question, call], **ASK)  # type: ignore[list-item]
+    output = {"type": "function_call_output", "call_id": "call_1", "output": "sunny"}
+    second = client.responses.create(
+        input=[output],  # type: ignore[list-item]
+        previous_response_id=first.id,
+        **ASK,
+    )
+    items = [*client.responses.input_items.list(first.id, order="asc")]
+    assert [item.type for item in items] == ["message", "function_call"]
+    items = [*client.responses.input_items.list(second.id)]
+    assert [item.type for item in items] == ["function_call_output"]
+    branch = client.responses.create(input="Hm?", previous_response_id=first.id, **ASK)
+    assert branch.previous_response_id == second.previous_response_id == first.id
+
+
+def test_branches_deletion_and_what_is_not_kept(client: openai.OpenAI) -> None:
+    first = client.responses.create(input=QUESTION, **ASK)
+    for text in ("Once more", "In reverse"):
+        branch = client.responses.create(input=text, previous_response_id=first.id, **ASK)
+        assert branch.status in ("completed", "incomplete")
+    client.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(first.id)
+    unkept = client.responses.create(input=QUESTION, store=False, **ASK)
+    for id in (first.id, unkept.id):
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.responses.create(input="x", previous_response_id=id, **ASK)
+        assert caught.value.code == "previous_response_not_found"
+
+
+def test_hosted_tools_are_refused_by_name(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.create(input="x", tools=[{"type": "web_search"}], **ASK)
+    assert caught.value.param == "tools[0].type"
+
+
+def test_background_reconnect_and_cancel(client: openai.OpenAI) -> None:
+    made = client.responses.create(input=QUESTION, background=True, **ASK)
+    assert made.status == "queued"
+    plain = client.responses.create(input=QUESTION, **ASK)
+    assert ended(client, made.id).output_text == plain.output_text
+
+    stream = client.responses.create(input=QUESTION, background=True, stream=True, **LONG)
+    seen = []
+    for event in stream:
+        seen.append(event)
+        if len(seen) == 12:
+            break
+    stream.response.close()
+    id = seen[0].response.id  # type: ignore[union-attr]
+    assert client.responses.retrieve(id).status == "in_progress"
+    last = seen[-1].sequence_number
+    again = client.responses.retrieve(id, stream=True, starting_after=last)
+    following = next(iter(again))
+    assert following.sequence_number == last + 1
+    again.response.close()
+    cancelled = client.responses.cancel(id)
+    assert cancelled.status == "cancelled" and cancelled.output_text
+    assert client.responses.cancel(id).status == "cancelled"
+    replay = [*client.responses.retrieve(id, stream=True)]
+    assert [event.sequence_number for event in replay] == list(range(len(replay)))
+
+
+def test_conversations(client: openai.OpenAI) -> None:
+    conversation = client.conversations.create(
+        items=[{"type": "message", "role": "system", "content": "Be brief."}],
+        metadata={"topic": "numbers"},
+    )
+    assert client.conversations.retrieve(conversation.id) == conversation
+    first = client.responses.create(input=QUESTION, conversation=conversation.id, **ASK)
+    assert first.conversation is not None and first.conversation.id == conversation.id
+    client.responses.create(input="In reverse", conversation=conversation.id, **ASK)
+    items = [*client.conversations.items.list(conversation.id, order="asc", limit=2)]
+    assert [item.role for item in items] == [  # type: ignore[union-attr]
+        "system",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+    ]
+    assert items[2].id == first.output[0].id
+    added = client.conversations.items.create(
+        conversation.id, items=[{"type": "message", "role": "user", "content": "by hand"}]
+    )
+    item = client.conversations.items.retrieve(added.data[0].id, conversation_id=conversation.id)
+    assert item == added.data[0]
+    client.conversations.items.delete(item.id, conversation_id=conversation.id)
+    with pytest.raises(openai.NotFoundError):
+        client.conversations.items.retrieve(item.id, conversation_id=conversation.id)
+    assert client.conversations.update(conversation.id, metadata={"a": "b"}).metadata == {"a": "b"}
+    assert client.conversations.delete(conversation.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.responses.create(input="x", conversation=conversation.id, **ASK)
+
+
+def test_writes_to_one_conversation_take_turns(client: openai.OpenAI) -> None:
+    conversation = client.conversations.create()
+    failures: list[Exception] = []
+
+    def ask(number: int) -> None:
+        try:
+            client.responses.create(input=f"{number}", conversation=conversation.id, **ASK)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    roles = [
+        item.role  # type: ignore[union-attr]
+        for item in client.conversations.items.list(conversation.id, order="asc")
+    ]
+    assert roles == ["user", "assistant"] * 5
+
+
+TWO = """
+[models.demo]
+path = "embedded:demo"
+dtype = "float32"
+threads = 1
+[models.other]
+path = "embedded:demo-draft"
+dtype = "float32"
+threads = 1
+"""
+
+
+def test_other_models_restarts_and_owners(serve: Callable[..., Daemon], tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(f'[server]\napi_keys_file = "keys"\n{TWO}')
+    (tmp_path / "keys").write_text("alice:sk-a\nbob:sk-b\n")
+    start = ("--config", str(tmp_path / "config.toml"), "--store-path", str(tmp_path / "state"))
+    daemon = serve(*start)
+    with connect(daemon, "sk-a") as alice:
+        first = alice.responses.create(input=QUESTION, **ASK)
+        talk = alice.conversations.create()
+        second = alice.responses.create(
+            input="Again", previous_response_id=first.id, **(ASK | {"model": "other"})
+        )
+        assert second.model == "other"
+        running = alice.responses.create(input=QUESTION, background=True, **LONG)
+        deadline = time.monotonic() + 60
+        while alice.responses.retrieve(running.id).status == "queued":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    daemon.process.kill()
+    daemon.process.wait()
+    daemon = serve(*start)
+    with connect(daemon, "sk-a") as alice, connect(daemon, "sk-b") as bob:
+        third = alice.responses.create(input="On", previous_response_id=second.id, **ASK)
+        assert third.model == "demo" and third.previous_response_id == second.id
+        assert ended(alice, running.id).status == "failed"
+        for call in (
+            lambda: bob.responses.retrieve(first.id),
+            lambda: bob.responses.delete(first.id),
+            lambda: bob.responses.cancel(running.id),
+            lambda: bob.responses.input_items.list(first.id),
+            lambda: bob.responses.create(input="x", previous_response_id=first.id, **ASK),
+            lambda: bob.responses.create(input="x", conversation=talk.id, **ASK),
+            lambda: bob.conversations.retrieve(talk.id),
+            lambda: bob.conversations.items.list(talk.id),
+            lambda: bob.conversations.delete(talk.id),
+        ):
+            with pytest.raises(openai.NotFoundError):
+                call()
