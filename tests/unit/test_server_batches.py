@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from server_fakes import Answer, FakeFleet, Served, serving, spoken
 
 from quantd.daemon.config import StoreSettings
 from quantd.daemon.errors import ContextLengthExceeded, QuantdError, QueueFull, Unavailable
+from quantd.daemon.server.admin import batches
 from quantd.daemon.server.auth import ApiKeys
 from quantd.daemon.server.batch_input import MAX_ERRORS, read_input
+from quantd.daemon.server.context import CONTEXT
 from quantd.daemon.types import Request
 
 # --- the whole way --------------------------------------------------------------------------------
@@ -371,6 +374,27 @@ async def test_a_key_sees_its_own_only(tmp_path: Path) -> None:
             _, batch = await served.get(f"/v1/batches/{batch['id']}", **alice)
         assert (await served.get(f"/v1/files/{batch['output_file_id']}", **bob))[0] == 404
         assert {request.caller for request in served.engine.requests} == {"alice"}
+
+
+async def test_the_administrator_sees_everybodys(tmp_path: Path) -> None:
+    async with at_work(tmp_path) as served:
+        request = SimpleNamespace(
+            app={CONTEXT: SimpleNamespace(state=served.state, fleet=served.fleet)}
+        )
+        assert json.loads((await batches(request)).body) == {"batches": []}  # type: ignore
+        assert not served.state.store.exists(), "looking opens nothing"
+        batch = await half_done(served, 1, 4)
+        [shown] = json.loads((await batches(request)).body)["batches"]  # type: ignore
+        assert shown == {
+            "id": batch["id"],
+            "caller": "",
+            "status": "in_progress",
+            "model": "tiny",
+            "endpoint": CHAT,
+            "total": 4,
+            "completed": 1,
+            "failed": 0,
+        }
 
 
 async def test_lists_have_the_newest_first(tmp_path: Path) -> None:

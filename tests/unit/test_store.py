@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import sqlite3
@@ -263,6 +264,24 @@ async def test_time_takes_files_away(store: Store) -> None:
     async with await store.files.begin(3700):
         pass
     assert list(store.files.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+async def test_a_disk_that_does_not_take_a_file(
+    store: Store, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*args: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    await upload(store, b"before")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write)
+        with pytest.raises((StorageFull, StoreUnavailable), match="state") as caught:
+            await upload(store, b"x" * (2 << 20))
+    full = number in (errno.ENOSPC, errno.EDQUOT)
+    assert isinstance(caught.value, StorageFull) is full
+    assert len(list(store.files.folder.iterdir())) == 1
+    await upload(store, b"after")
 
 
 async def test_a_batchs_input_stays_while_it_runs(store: Store) -> None:

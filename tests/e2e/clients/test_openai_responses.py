@@ -1,4 +1,7 @@
-"""Responses and conversations by the official SDK, unchanged, against the daemon."""
+"""Responses and conversations by the official SDK, unchanged, against the daemon.
+
+`test_other_sdks.py` runs this file once more, with the SDK's former generation.
+"""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def run(command: list[str], environment: dict[str, str], folder: Path) -> str:
 def test_former_openai(environment: dict[str, str]) -> None:
     """The suites of the present generation, word for word."""
     path = os.pathsep.join([str(FORMER), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    suites = [str(HERE / name) for name in ("test_openai_sdk.py", "test_openai_tools.py")]
+    suites = [str(HERE / f"test_openai_{name}.py") for name in ("sdk", "tools", "responses")]
     root = HERE.parents[2]
     which = [sys.executable, "-c", "import openai; print(openai.__version__)"]
     assert run(which, environment | {"PYTHONPATH": path}, root).startswith("2.")
