@@ -59,7 +59,7 @@ def test_lines_get_a_tenth_of_the_others_and_never_more(
         num_lines += sum(of_lines)
     assert num_lines <= BATCH_SHARE * num_others + 1e-6
     last = BATCH_SHARE * budget  # what the last step has earned is spent in the next one
-    assert num_lines > BATCH_SHARE * num_others - last - 1
+    assert num_lines > BATCH_SHARE * num_others - last - 1 - 1e-6
 
 
 def test_alone_lines_get_all() -> None:
