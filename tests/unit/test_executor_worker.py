@@ -21,7 +21,6 @@ from quantd.daemon.types import (
     DiskDone,
     DiskIndex,
     FromWorker,
-    Grammar,
     GrammarCompiled,
     LoadModel,
     LoadProgress,

@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
 from harness import Daemon, Server
+from pydantic import BaseModel
 
 pytestmark = pytest.mark.xdist_group("clients")
 
@@ -129,6 +131,124 @@ def test_a_function_call_and_its_output_stay_in_the_chain(client: openai.OpenAI)
     assert [item.type for item in items] == ["function_call_output"]
     branch = client.responses.create(input="Hm?", previous_response_id=first.id, **ASK)
     assert branch.previous_response_id == second.previous_response_id == first.id
+
+
+class City(BaseModel):
+    """Nothing in it can become long: the model is a small one."""
+
+    size: Literal["small", "large"]
+    is_capital: bool
+
+
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "name": "get_weather",
+    "description": "Get the weather",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string"}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
+    "strict": True,
+}
+CALL: dict[str, Any] = ASK | {"max_output_tokens": 200, "tools": [WEATHER]}
+
+
+def test_the_model_calls_and_is_answered(client: openai.OpenAI) -> None:
+    first = client.responses.create(input="What is the weather in Paris?", **CALL)
+    [call] = [item for item in first.output if item.type == "function_call"]
+    assert (call.name, json.loads(call.arguments)) == ("get_weather", {"city": "Paris"})
+    output = {
+        "type": "function_call_output",
+        "call_id": call.call_id,
+        "output": '{"weather": "sunny"}',
+    }
+    second = client.responses.create(
+        input=[output],  # type: ignore[list-item]
+        previous_response_id=first.id,
+        **CALL,
+    )
+    assert "sunny" in second.output_text
+    # The chat API, told the same, says the same to the same prompt.
+    function = {name: value for name, value in WEATHER.items() if name != "type"}
+    said = client.chat.completions.create(
+        model="demo",
+        messages=[
+            {"role": "user", "content": "What is the weather in Paris?"},
+            {
+                "role": "assistant",
+                "tool_calls": [
+                    {
+                        "id": call.call_id,
+                        "type": "function",
+                        "function": {"name": call.name, "arguments": call.arguments},
+                    }
+                ],
+            },
+            {"role": "tool", "tool_call_id": call.call_id, "content": '{"weather": "sunny"}'},
+        ],
+        tools=[{"type": "function", "function": function}],  # type: ignore[list-item]
+        temperature=0,
+        max_completion_tokens=200,
+    )
+    assert said.usage is not None and second.usage is not None
+    assert said.choices[0].message.content == second.output_text
+    assert said.usage.prompt_tokens == second.usage.input_tokens
+    # Asked statelessly, with the items that were given: once more the same.
+    third = client.responses.create(
+        input=[  # type: ignore[list-item]
+            {"role": "user", "content": "What is the weather in Paris?"},
+            *[item.model_dump(exclude_none=True) for item in first.output],
+            output,
+        ],
+        store=False,
+        **CALL,
+    )
+    assert third.output_text == second.output_text
+
+
+def test_a_streamed_call(client: openai.OpenAI) -> None:
+    plain = client.responses.create(input="What is the weather in Paris?", **CALL)
+    with client.responses.stream(input="What is the weather in Paris?", **CALL) as stream:
+        events = list(stream)
+        final = stream.get_final_response()
+    kinds = [event.type for event in events]
+    assert "response.function_call_arguments.delta" in kinds
+    at = kinds.index("response.function_call_arguments.done")
+    assert kinds[at + 1] == "response.output_item.done"
+    deltas = [e.delta for e in events if e.type == "response.function_call_arguments.delta"]
+    [call] = [item for item in final.output if item.type == "function_call"]
+    [expected] = [item for item in plain.output if item.type == "function_call"]
+    assert "".join(deltas) == call.arguments == expected.arguments
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "get_weather"}])
+def test_a_call_that_is_asked_for(client: openai.OpenAI, choice: Any) -> None:
+    response = client.responses.create(
+        input="What is 3 + 4?", tool_choice=choice, parallel_tool_calls=False, **CALL
+    )
+    assert [item.type for item in response.output if item.type != "message"] == ["function_call"]
+    none = client.responses.create(
+        input="What is the weather in Paris?", tool_choice="none", **CALL
+    )
+    assert [item.type for item in none.output] == ["message"]
+
+
+def test_a_schema_is_followed_and_parsed(client: openai.OpenAI) -> None:
+    response = client.responses.parse(
+        input="Paris", text_format=City, **(ASK | {"max_output_tokens": 200})
+    )
+    assert isinstance(response.output_parsed, City)
+    with client.responses.stream(
+        input="Paris", text_format=City, **(ASK | {"max_output_tokens": 200})
+    ) as stream:
+        assert stream.get_final_response().output_parsed == response.output_parsed
+    with pytest.raises(openai.BadRequestError) as caught:
+        schema = {"type": "object", "properties": {"x": {"type": "nothing"}}}
+        format = {"type": "json_schema", "name": "x", "schema": schema}
+        client.responses.create(input="x", text={"format": format}, **ASK)  # type: ignore
+    assert (caught.value.param or "").startswith("text.format")
 
 
 def test_branches_deletion_and_what_is_not_kept(client: openai.OpenAI) -> None:
