@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -76,7 +76,7 @@ class Run:
     async def whole(self) -> ResponseObject:
         """Raises what has ended it badly."""
         async with self._asker.state.turns.of(self._wanted.conversation):
-            async with await self._generation() as made:
+            async with self._generation() as made:
                 [delta] = await collect_valid(made, self._asker.context.metrics)
                 delta.parts = joined(delta.parts)
                 self._take(made, delta)
@@ -88,7 +88,7 @@ class Run:
         """Encoded; the last one is sent when all is kept. Raises what ends it before the first."""
         try:
             async with self._asker.state.turns.of(self._wanted.conversation):
-                async with await self._generation() as made:
+                async with self._generation() as made:
                     yield self._out(await self._begin(made))
                     async with aclosing(made.deltas()) as deltas:
                         async for delta in deltas:
@@ -166,7 +166,8 @@ class Run:
 
     # --- making it ---------------------------------------------------------------------------
 
-    async def _generation(self) -> AbstractAsyncContextManager[Generation]:
+    @asynccontextmanager
+    async def _generation(self) -> AsyncIterator[Generation]:
         await self._prepare()
         items = [*self._said, *self._inputs]
         body = chat_body(self._wanted, items)
@@ -174,7 +175,9 @@ class Run:
         encode = partial(chat.encode, body, options)
         if self._wanted.may_drop:
             encode = partial(self._encode_fitting, items)
-        return generation(self._asker, body.model, options, _API, encode)
+        with renamed():
+            async with generation(self._asker, body.model, options, _API, encode) as made:
+                yield made
 
     async def _prepare(self) -> None:
         """Reads what was said before, and puts items in the place of references."""

@@ -170,8 +170,8 @@ async def input_tokens(request: web.Request) -> web.Response:
         made = chat_of(body, messages)
         check_messages(made, messages)
         options = chat.read_options_of(made)
-    async with await who.fleet.lease(body.model) as lease:
-        [prompt] = await chat.encode(made, options, lease.text)
+        async with await who.fleet.lease(body.model) as lease:
+            [prompt] = await chat.encode(made, options, lease.text)
     return json_response(InputTokens(len(prompt.ids)))
 
 
