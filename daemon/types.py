@@ -75,8 +75,6 @@ class Request(msgspec.Struct, frozen=True):
     sampling: SamplingParams
     priority: int = 0
     """Smaller runs first."""
-    is_batch: bool = False
-    """A line of a batch: it gives way to everybody who waits for an answer."""
     arrival: float = 0.0
     """Seconds of the engine's monotonic clock."""
     caller: str = ""
@@ -88,6 +86,8 @@ class Request(msgspec.Struct, frozen=True):
     timeout: float | None = None
     """What the caller asked for, in seconds, when there is a deadline. It began when the request
     came in, before a wait for the model to load, which `arrival` does not count."""
+    is_batch: bool = False
+    """A line of a batch: it gives way to everybody who waits for an answer."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -21,6 +21,7 @@ from quantd.daemon.types import (
     DiskDone,
     DiskIndex,
     FromWorker,
+    Grammar,
     GrammarCompiled,
     LoadModel,
     LoadProgress,
