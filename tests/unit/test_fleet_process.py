@@ -27,7 +27,7 @@ async def at_once(seconds: float) -> None:
     """Backoff without the wait."""
 
 
-def no_text(path: Path, max_context: int | None) -> Any:
+def no_text(path: Path, max_context: int | None, tool_dialect: str = "auto") -> Any:
     return None
 
 
