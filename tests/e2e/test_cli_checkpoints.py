@@ -81,7 +81,7 @@ def test_inspect_shows_the_checkpoint() -> None:
     assert "BPE, 1,024 tokens" in lines["tokenizer"] and "a chat template" in lines["tokenizer"]
     assert "per 1,000 tokens" in lines["keys,"]
     [row] = [line for line in out.splitlines() if line.startswith("33      dense")]
-    assert "BF16 held as float32" in row and "the checkpoint's tensors" in row
+    assert "BF16 held as bfloat16" in row and "the checkpoint's tensors" in row
     assert "model.layers" not in out
     assert succeeds("inspect", "demo", "--dtype", "float32") == out
 
