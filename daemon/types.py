@@ -88,6 +88,8 @@ class Request(msgspec.Struct, frozen=True):
     came in, before a wait for the model to load, which `arrival` does not count."""
     is_batch: bool = False
     """A line of a batch: it gives way to everybody who waits for an answer."""
+    second: int | None = None
+    """Of a pair of texts: from this position on the tokens are of BERT's token type 1."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -140,12 +142,35 @@ class LoadModel(msgspec.Struct, frozen=True, tag="load"):
     device: str = "auto"
     threads: int | None = None
     """Compute threads; None: physical cores."""
+    task: str = "auto"
+    """auto (what the checkpoint is for) | generate | embed | rerank"""
+    pooling: str = "auto"
+    """auto (as the checkpoint says) | mean | cls | last"""
+    matryoshka: bool = False
+    """Embeddings may be cut although the checkpoint does not say so."""
 
 
 class LoadProgress(msgspec.Struct, frozen=True, tag="progress"):
     stage: str
     done_bytes: int
     total_bytes: int
+
+
+class Pooling(msgspec.Struct, frozen=True):
+    """Of a model that gives one vector for each prompt instead of generating."""
+
+    task: Literal["embed", "rerank"]
+    size: int
+    """Numbers in a vector; 1 for a reranker: the score, in [0, 1]."""
+    normalized: bool = False
+    """Vectors have the length 1."""
+    whole: bool = False
+    """A prompt is computed in one step, because its first token sees its last, or because all of
+    its hidden states are needed."""
+    matryoshka: bool = False
+    """The beginning of a vector is a vector too, of fewer dimensions."""
+    dimensions: tuple[int, ...] = ()
+    """To which lengths a vector may be cut; empty, with matryoshka: to any."""
 
 
 class ModelInfo(msgspec.Struct, frozen=True, tag="loaded"):
@@ -179,6 +204,8 @@ class ModelInfo(msgspec.Struct, frozen=True, tag="loaded"):
     """Keys that a row sees in layers with a sliding window, at most; 0: there is no such layer."""
     window_share: float = 0.0
     """The part of a block's bytes that is theirs and can be given up alone; 0: none can."""
+    pooling: Pooling | None = None
+    """None: it generates."""
 
 
 class WorkerFailed(msgspec.Struct, frozen=True, tag="failed"):
@@ -197,6 +224,8 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     """All that is known: the prompt, and after preemption also the output so far."""
     num_prompt_tokens: int
     sampling: SamplingParams
+    second: int | None = None
+    """See `Request.second`."""
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True):
@@ -294,6 +323,8 @@ class Sampled(msgspec.Struct, frozen=True, array_like=True):
     """The sequence cannot go on (its logits were not finite); `token` means nothing then."""
     complete: bool = False
     """The sequence ends with `token`, which is text: its grammar lets nothing follow."""
+    vector: bytes | None = None
+    """What a model with `ModelInfo.pooling` gives, as little-endian float32; `token` is 0."""
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -6,9 +6,11 @@ the native library (kernels/cpu) for float32, bfloat16 and float16 on a CPU, the
 all else. Tensors are contiguous unless a docstring says otherwise.
 """
 
+from collections.abc import Sequence
+
 import torch
 
-from quantd.kernels import reference
+from quantd.kernels import reference, sdpa
 from quantd.kernels.batch import BLOCK_SIZE, AttentionBatch
 from quantd.kernels.cpu.grouped import (
     GroupedWeight,
@@ -40,13 +42,16 @@ __all__ = [
     "GroupedWeight",
     "LinearWeight",
     "act_and_mul",
+    "activate",
     "add_rms_norm",
     "dequantize_grouped",
+    "encoder_attention",
     "grouped_linear",
     "held_dtype",
     "grouped_route",
     "identity",
     "join_grouped",
+    "layer_norm",
     "linear",
     "notes",
     "num_threads",
@@ -149,6 +154,35 @@ def paged_attention(
     if lib is None or q.shape[2] % 16:
         return reference.paged_attention(q, k_pool, v_pool, batch, scale, window, softcap, sinks)
     return lib.paged_attention(q, k_pool, v_pool, batch, scale, window, softcap, sinks)
+
+
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """x [T, H], weight and bias fp32 [H] -> [T, H] of `dtype`."""
+    return reference.layer_norm(x, weight, bias, eps, dtype)
+
+
+def activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """activation(x) of x [T, I], not gated -> a new tensor."""
+    lib = _native(x)
+    if lib is None:
+        return reference.activate(x, activation)
+    # Gated by ones. Not torch's own: it computes what is left over at the end of a buffer, or of
+    # a thread's part of it, in another way, so that a row's bits would depend on the others.
+    gate_up = x.new_ones(x.shape[0], 2 * x.shape[1])
+    gate_up[:, : x.shape[1]] = x
+    return lib.act_and_mul(gate_up, activation)
+
+
+def encoder_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: Sequence[int], scale: float
+) -> torch.Tensor:
+    """Attention in both directions of q, k, v [T, heads, D], views or not, each sequence over its
+    rows [starts[s], starts[s + 1]) -> [T, heads, D]."""
+    if q.dtype in DTYPES:
+        return sdpa.encoder_attention(q, k, v, starts, scale)
+    return reference.encoder_attention(q, k, v, starts, scale)
 
 
 def identity() -> tuple[str, ...]:

@@ -394,6 +394,7 @@ def make_tables(
     share: bool = True,
     capacity: int | None = None,
     window: Window = NO_WINDOW,
+    whole: bool = False,
 ) -> BlockTables:
     """A KV cache with so many blocks, host places and files, none of them used."""
     disk = DiskIndex(disk_files) if disk_files else None
@@ -402,7 +403,7 @@ def make_tables(
     host = BlockPool(num_places) if num_places else None
     pool = BlockPool(num_blocks, capacity, window.share)
     cache = KvCache(pool, host, disk, BLOCK_TOKENS * 4, window)
-    return BlockTables(cache, "fake", share)
+    return BlockTables(cache, "fake", share, whole)
 
 
 class StepLoop:
@@ -419,13 +420,15 @@ class StepLoop:
         settings: SchedulerSettings | None = None,
         overlap: bool = False,
         tables: BlockTables | None = None,
+        whole: bool = False,
     ) -> None:
         settings = settings if settings is not None else SchedulerSettings()
         self.settings = replace(settings, overlap=overlap)
-        self.tables = tables if tables is not None else make_tables(num_blocks)
+        self.tables = tables if tables is not None else make_tables(num_blocks, whole=whole)
         self.kv = self.tables.kv
         self.pool = self.kv.pool
-        self.scheduler = Scheduler(self.tables, self.settings, max_context)
+        self.scheduler = Scheduler(self.tables, self.settings, max_context, whole)
+        self.whole = whole
         self.worker = FakeWorker(self.pool.capacity, window=self.kv.window.tokens)
         self.clock = ManualClock()
         self.max_context = max_context
@@ -536,8 +539,17 @@ class StepLoop:
                 assert (self.outputs[seq_id], reason) == expected
                 assert self.outputs[seq_id] == seq.output_tokens
 
+    def _check_whole(self, plan: StepPlan) -> None:
+        """Whole prompts, from their beginning, as many as there is a budget for."""
+        assert all(chunk.start == 0 and chunk.sample for chunk in plan.chunks)
+        num_tokens = sum(chunk.stop for chunk in plan.chunks)
+        assert num_tokens <= self.settings.token_budget or len(plan.chunks) == 1
+
     def _check_plan(self, plan: StepPlan) -> None:
         sizes = {chunk.seq: chunk.stop - chunk.start for chunk in plan.chunks}
+        if self.whole:
+            self._check_whole(plan)
+            return
         assert sum(sizes.values()) <= self.settings.token_budget
         running = [seq for seq in self.sequences.values() if seq.phase is Phase.RUNNING]
         idle = [

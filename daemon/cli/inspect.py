@@ -87,6 +87,8 @@ def _checkpoint(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     elif said is not None:
         named = ", ".join(map(str, said["architectures"] or [said["model_type"] or "not said"]))
         yield "architecture", named
+    if model is not None and model["pooling"] is not None:
+        yield "made for", _pooling(model["pooling"])
     if said is not None and said["quant_method"] is not None:
         yield "quant_method", f"{said['quant_method']} (config.json)"
     if model is not None and "parameters" in model:
@@ -104,6 +106,16 @@ def _checkpoint(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if "dtype" in report:
         yield "runs as", f"{report['dtype']} on {report['device']}"
     yield from _memory(report)
+
+
+def _pooling(pooling: dict[str, Any]) -> str:
+    if pooling["task"] == "rerank":
+        return "reranking: a score for a query and a document"
+    kinds = {"mean": "mean", "cls": "first token", "last": "last token"}
+    normalized = ", normalized" if pooling["normalized"] else ""
+    lengths = ", ".join(map(str, pooling["dimensions"]))
+    cut = f", may be cut to {lengths or 'fewer'}" if pooling["matryoshka"] else ""
+    return f"embeddings of {pooling['size']} ({kinds[pooling['kind']]}{normalized}{cut})"
 
 
 def _shape(model: dict[str, Any]) -> str:

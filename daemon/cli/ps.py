@@ -75,7 +75,8 @@ def _row(model: dict[str, Any]) -> list[str]:
     if info is not None and stats is not None:
         kv = stats["kv"]
         pool = size((kv["free"] + kv["used"] + kv["cached"]) * kv["block_bytes"])
-        row[3] = f"{size(kv['used'] * kv['block_bytes'])} of {pool}"
+        if kv["block_bytes"]:  # else it keeps nothing
+            row[3] = f"{size(kv['used'] * kv['block_bytes'])} of {pool}"
         row[6:] = str(stats["running"]), str(stats["waiting"])
     return row
 

@@ -234,6 +234,21 @@ class ModelSettings:
         OneOf(choices=get_args(ToolDialect)),
         'how the model writes tool calls; "auto": as its chat template says; "none": not at all',
     ] = "auto"
+    task: Annotated[
+        Literal["auto", "generate", "embed", "rerank"],
+        OneOf(choices=("auto", "generate", "embed", "rerank")),
+        '"auto": what the checkpoint is for; "embed": embeddings also of a model that generates',
+    ] = "auto"
+    pooling: Annotated[
+        Literal["auto", "mean", "cls", "last"],
+        OneOf(choices=("auto", "mean", "cls", "last")),
+        'which hidden states make an embedding; "auto": as the checkpoint says',
+    ] = "auto"
+    matryoshka: Annotated[
+        bool,
+        Flag(),
+        "let `dimensions` cut embeddings although the checkpoint does not say that it may",
+    ] = False
     keep_alive: Annotated[
         float,
         Seconds(low=0, high=365 * DAY, forever=True),

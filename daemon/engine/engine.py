@@ -6,7 +6,8 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import msgspec
@@ -25,6 +26,8 @@ from quantd.daemon.types import DiskDone, DiskIndex, ModelInfo, Request, StepPla
 
 _log = structlog.get_logger("quantd.engine")
 
+
+_NO_VECTORS: Mapping[int, bytes | None] = MappingProxyType({})
 
 IDLE_SECONDS = 30.0
 """At rest for so long, an engine gives back the memory that only its load has needed."""
@@ -133,6 +136,8 @@ class Engine:
         """The budget for KV blocks from now on; gives the bytes that it comes to. Raises
         RequestError for less than one block, or more than the address space that was reserved."""
         block, most = self._info.block_bytes, self._scheduler.kv.pool.capacity
+        if block == 0:
+            raise RequestError("this model keeps no KV blocks", param="kv_bytes")
         if not block <= kv_bytes < (most + 1) * block:
             raise RequestError(
                 f"kv_bytes is {kv_bytes}, must be between {block} (one block) and {most * block}",
@@ -273,10 +278,12 @@ class Engine:
         """Hands a step's tokens to the streams. What was aborted since is passed over."""
         if step is None:
             return
+        vectors = self._vectors(step.result)
         for update in step.updates:
             active = self._active.get(update.seq.id)
             if active is None:
                 continue
+            active.stream.vector = vectors.get(update.seq.id)
             active.stream.push(update.tokens, update.logprobs, update.prompt_logprobs)
             active.stream.num_cached_tokens = update.seq.num_cached_tokens
             if update.tokens:
@@ -292,9 +299,16 @@ class Engine:
             self._metrics.count_masks(
                 result.num_masks, result.mask_seconds, result.mask_wait_seconds
             )
-        num_generated = sum(len(update.tokens) for update in step.updates)
+        num_generated = 0
+        if self._info.pooling is None:
+            num_generated = sum(len(update.tokens) for update in step.updates)
         self._num_generated_tokens += num_generated
         self._metrics.count_generated(num_generated)
+
+    def _vectors(self, result: StepResult) -> Mapping[int, bytes | None]:
+        if self._info.pooling is None:
+            return _NO_VECTORS
+        return {item.seq: item.vector for item in result.sampled}
 
     def _measure_tokens(self, active: _Active, now: float) -> None:
         if active.last_token_at is None:

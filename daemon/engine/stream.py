@@ -32,6 +32,7 @@ class TokenStream:
         "_complete",
         "_exhausted",
         "num_cached_tokens",
+        "vector",
     )
 
     def __init__(self, on_leave: Callable[[Leaving], None]) -> None:
@@ -47,6 +48,8 @@ class TokenStream:
         self._exhausted = False
         self.num_cached_tokens = 0
         """Goes out with every event; the engine sets it."""
+        self.vector: bytes | None = None
+        """See `Sampled.vector`; the engine sets it, before `finish`."""
 
     @property
     def is_finished(self) -> bool:

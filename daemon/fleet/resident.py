@@ -118,10 +118,7 @@ class Loader:
             await _discard(worker)
             raise
         executor = worker.result()
-        tables = BlockTables(
-            _cache(executor.info, model), executor.info.kv_revision, share=model.prefix_cache
-        )
-        scheduler = Scheduler(tables, self.scheduler, executor.info.max_context)
+        scheduler = _scheduler(executor.info, model, self.scheduler)
         metrics = self.metrics.engine(model.name)
         engine = Engine(executor, executor.info, scheduler, metrics, self.clock)
         return Resident(executor, engine, text.result())
@@ -149,6 +146,15 @@ async def _discard(worker: asyncio.Future[LoadedExecutor]) -> None:
         await worker.result().close()
 
 
+def _scheduler(info: ModelInfo, model: ModelSettings, settings: SchedulerSettings) -> Scheduler:
+    pooling = info.pooling
+    whole = pooling is not None and pooling.whole
+    tables = BlockTables(_cache(info, model), info.kv_revision, model.prefix_cache, whole)
+    # A vector comes in the place of a token, and takes no place.
+    most = info.max_context + (pooling is not None)
+    return Scheduler(tables, settings, most, whole)
+
+
 def _cache(info: ModelInfo, model: ModelSettings) -> KvCache:
     most = max(info.max_blocks, info.num_blocks)
     pool = BlockPool(info.num_blocks, most, info.window_share)
@@ -173,4 +179,7 @@ def _frame(model: ModelSettings) -> LoadModel:
         load_format=model.load_format,
         device=model.device,
         threads=model.threads,
+        task=model.task,
+        pooling=model.pooling,
+        matryoshka=model.matryoshka,
     )

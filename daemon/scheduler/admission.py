@@ -30,7 +30,8 @@ def _window(info: ModelInfo) -> Window:
 
 def check(request: Request, info: ModelInfo, scheduler: Scheduler, now: float) -> None:
     """Raise RequestError, ContextLengthExceeded or QueueFull; else the request may be added."""
-    check_context(request, info.max_context)
+    # What comes in the place of a token takes no place.
+    check_context(request, info.max_context + (info.pooling is not None))
     check_pool(request, info)
     check_queue(request, scheduler, now)
 

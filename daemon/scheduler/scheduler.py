@@ -79,12 +79,20 @@ class Scheduler:
     preempted sequence does not come back just to be preempted again.
     """
 
-    def __init__(self, tables: BlockTables, settings: SchedulerSettings, max_context: int) -> None:
-        """`max_context`: most tokens of one sequence, prompt and output together."""
+    def __init__(
+        self,
+        tables: BlockTables,
+        settings: SchedulerSettings,
+        max_context: int,
+        whole: bool = False,
+    ) -> None:
+        """`max_context`: most tokens of one sequence, prompt and output together. whole: a prompt
+        is computed in one step or not yet; nothing may come between that and its end."""
         self._tables = tables
         self._kv = tables.kv
         self._settings = settings
         self._max_context = max_context
+        self._whole = whole
         # Each running sequence needs a token of every step's budget.
         self._max_running = min(settings.max_running, settings.token_budget)
         self._policy = make_policy(settings)
@@ -435,6 +443,8 @@ class Scheduler:
         lines = [seq for seq in going if seq.request.is_batch]
         others = [seq for seq in going if not seq.request.is_batch]
         budget = self._budget(len(going), STEP_SECONDS if others else BATCH_STEP_SECONDS)
+        if self._whole:
+            return _whole_prompts(going, budget)
         sizes = self._batch_share.divide(
             budget, [going[seq] for seq in others], [going[seq] for seq in lines]
         )
@@ -497,7 +507,13 @@ class Scheduler:
                 seq.on_worker = True
                 request = seq.request
                 added.append(
-                    NewSequence(seq.id, tuple(seq.tokens), len(request.prompt), request.sampling)
+                    NewSequence(
+                        seq.id,
+                        tuple(seq.tokens),
+                        len(request.prompt),
+                        request.sampling,
+                        request.second,
+                    )
                 )
         return tuple(added)
 
@@ -577,3 +593,15 @@ class Scheduler:
             assert not seq.on_worker or seq.phase is Phase.RUNNING
             if not self._in_flight:
                 assert seq.num_computed_tokens == seq.num_scheduled_tokens
+
+
+def _whole_prompts(left: Mapping[Sequence, int], budget: int) -> dict[Sequence, int]:
+    """All of those from the front that the budget has room for, and of the first in any case."""
+    sizes, is_first = dict.fromkeys(left, 0), True
+    for seq, size in left.items():
+        if size > budget and not is_first:
+            break
+        is_first = False
+        sizes[seq] = size
+        budget -= size
+    return sizes

@@ -20,11 +20,13 @@ class BlockTables:
     only partly filled, belongs to its sequence alone.
     """
 
-    def __init__(self, kv: KvCache, revision: str, share: bool = True) -> None:
-        """`share`: False keeps every sequence's blocks to itself."""
+    def __init__(self, kv: KvCache, revision: str, share: bool = True, whole: bool = False) -> None:
+        """share: False keeps every sequence's blocks to itself. whole: a prompt is computed from
+        its beginning, and takes over nothing, not what was its own before it was preempted."""
         self.kv = kv
         self._namespace = Namespace(revision=revision)
-        self._share = share
+        self._share = share and not whole
+        self._whole = whole
         self._rebinds: list[tuple[Sequence, int, Rebind]] = []
 
     def enter(self, seq: Sequence) -> None:
@@ -44,10 +46,14 @@ class BlockTables:
 
     def match(self, seq: Sequence) -> Match:
         """What of its known tokens can be taken over."""
-        if not _takes_over(seq):
+        if not self._takes_over(seq):
             return Match(None, 0, 0, 0)
         assert seq.namespace is not None
         return self.kv.match(seq.namespace, seq.key, len(seq.tokens) // BLOCK_TOKENS)
+
+    def _takes_over(self, seq: Sequence) -> bool:
+        """Log-probabilities of the prompt need every position computed too."""
+        return not self._whole and seq.request.sampling.prompt_logprobs is None
 
     def start(self, seq: Sequence, match: Match) -> None:
         """It gets what was matched, but for the last token, which must be computed to go on."""
@@ -75,7 +81,7 @@ class BlockTables:
 
     def adopt(self, seq: Sequence) -> None:
         """Take over what others have computed since, or compute in this plan."""
-        if seq.num_scheduled_tokens + BLOCK_TOKENS >= len(seq.tokens) or not _takes_over(seq):
+        if seq.num_scheduled_tokens + BLOCK_TOKENS >= len(seq.tokens) or not self._takes_over(seq):
             return
         assert seq.node is not None
         while seq.num_scheduled_tokens + BLOCK_TOKENS < len(seq.tokens):
@@ -209,8 +215,3 @@ class BlockTables:
                 assert owners[block] == 1 and not self.kv.pool.is_held(block), "not its own"
         assert len(owners) == self.kv.pool.num_used, "a block is used by no sequence"
         assert all(self.kv.pool.num_owners(block) == n for block, n in owners.items())
-
-
-def _takes_over(seq: Sequence) -> bool:
-    """Log-probabilities of the prompt need every position computed."""
-    return seq.request.sampling.prompt_logprobs is None

@@ -10,7 +10,14 @@ from aiohttp.typedefs import Handler
 
 from quantd.daemon.config import ServerSettings
 from quantd.daemon.server import admin as admin_routes
-from quantd.daemon.server import chat, completions, middleware, models, system, tokens
+from quantd.daemon.server import (
+    chat,
+    completions,
+    middleware,
+    models,
+    system,
+    tokens,
+)
 from quantd.daemon.server.admin import ACTIONS, AdminActions
 from quantd.daemon.server.auth import ApiKeys, HostRule
 from quantd.daemon.server.context import CONTEXT, Clock, Context
@@ -114,6 +121,10 @@ _ROUTES = [
     web.get("/v1/batches", _later("batches", "list_batches")),
     web.get("/v1/batches/{id}", _later("batches", "get_batch")),
     web.post("/v1/batches/{id}/cancel", _later("batches", "cancel_batch")),
+    web.post("/v1/embeddings", _later("embeddings", "embeddings")),
+    web.post("/v1/rerank", _later("rerank", "rerank")),
+    web.post("/v2/rerank", _later("rerank", "rerank")),
+    web.post("/rerank", _later("rerank", "rerank")),
     web.post("/tokenize", tokens.tokenize),
     web.post("/detokenize", tokens.detokenize),
     web.get("/health", system.health),

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from quantd.daemon.server import chat, completions, responses
+from quantd.daemon.server import chat, completions, embeddings, responses
 from quantd.daemon.server.context import Asker
 from quantd.daemon.server.response_object import ResponseObject
 
@@ -48,10 +48,15 @@ def _response_counts(reply: ResponseObject) -> Counts:
     )
 
 
+def _embedding_counts(reply: embeddings.EmbeddingReply) -> Counts:
+    return Counts(reply.usage.prompt_tokens, 0, 0, 0)
+
+
 ENDPOINTS: Mapping[str, Endpoint] = MappingProxyType(
     {
         "/v1/chat/completions": Endpoint(chat.answer, _counts),
         "/v1/completions": Endpoint(completions.answer, _counts),
+        "/v1/embeddings": Endpoint(embeddings.answer, _embedding_counts),
         "/v1/responses": Endpoint(responses.answer, _response_counts),
     }
 )

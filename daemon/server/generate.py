@@ -19,6 +19,7 @@ import msgspec
 from quantd.daemon.errors import DeadlineExceeded, RequestError
 from quantd.daemon.server.choice import Choice, Delta
 from quantd.daemon.server.context import Asker
+from quantd.daemon.server.pooled import refuse_pooled
 from quantd.daemon.server.sampling import Options, check_ids
 from quantd.daemon.server.submit import Submitter
 
@@ -167,6 +168,7 @@ async def generation(
         await asker.context.check_grammar(given)
     deadline = None if options.timeout is None else came + options.timeout
     async with await _lease(asker.fleet, model, options.timeout) as lease:
+        refuse_pooled(lease)
         arrival = clock.monotonic()
         vocab_size = lease.info.vocab_size
         prompts = [_checked(p, options, vocab_size, api) for p in await encode(lease.text)]

@@ -168,3 +168,34 @@ class TokenizeBody(Body, kw_only=True):
 
 class DetokenizeBody(Body, kw_only=True):
     tokens: list[Integer]
+
+
+class PooledBody(Body, kw_only=True):
+    """What embeddings and rerankings share."""
+
+    truncate_prompt_tokens: Integer | None = None
+    priority: Integer | None = None
+
+    # Accepted and without effect
+    user: Json = None
+
+    # Refused by name, unless it asks for nothing
+    timeout: Json = None
+
+
+class EmbeddingBody(PooledBody, kw_only=True):
+    input: str | list[str | int | list[int]] | None = None
+    encoding_format: str | None = None
+    dimensions: Integer | None = None
+    add_special_tokens: bool | None = None
+
+
+class Document(msgspec.Struct):
+    text: str
+
+
+class RerankBody(PooledBody, kw_only=True):
+    query: str
+    documents: list[str | Document]
+    top_n: Integer | None = None
+    return_documents: bool | None = None

@@ -52,7 +52,7 @@ class TextModel:
             dict.fromkeys([*files.eos_token_ids, *([] if eos is None else [eos])])
         )
         self.max_context = max_context if max_context is not None else files.max_context
-        self._explicit_ends = _explicit_ends(files, self.bos_token_id, eos)
+        self._explicit_ends = _explicit_ends(tokenizer, files, self.bos_token_id, eos)
         self.format = AnswerFormat.detect(files.chat_templates.values(), tool_dialect)
         self.special_marks = {
             mark: token
@@ -120,6 +120,45 @@ class TextModel:
             before, after = self._explicit_ends
             return [*before, *ids, *after]
         return ids
+
+    def encode_within(self, text: str, most: int) -> list[int]:
+        """As `encode`, cut at the text's end to `most` tokens, special ones included, which stay.
+        Raises RequestError when these leave no room."""
+        ids = self.encode(text)
+        if len(ids) <= most:
+            return ids
+        if self._explicit_ends is not None:
+            before, after = self._explicit_ends
+            room = _room(most, len(before) + len(after))
+            return [*before, *self.encode(text, add_special_tokens=False)[:room], *after]
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding.truncate(_room(most, self._tokenizer.num_special_tokens_to_add(False)))
+        cut: list[int] = self._tokenizer.post_process(encoding).ids
+        return cut
+
+    def encode_pair(
+        self, first: str, second: str, most: int | None = None
+    ) -> tuple[list[int], int | None]:
+        """Two texts as the model's tokenizer joins them, and from where on tokens are of type 1;
+        None: nowhere. With `most` the second text is cut at its end; RequestError when the first
+        leaves no room."""
+        try:
+            before = self._tokenizer.encode(first, add_special_tokens=False)
+            behind = self._tokenizer.encode(second, add_special_tokens=False)
+        except TypeError:
+            _refuse_surrogates(first)
+            _refuse_surrogates(second)
+            raise
+        if most is not None:
+            num_special = self._tokenizer.num_special_tokens_to_add(True)
+            behind.truncate(_room(most, len(before.ids) + num_special))
+        joined = self._tokenizer.post_process(before, behind)
+        types: list[int] = joined.type_ids
+        begin = types.index(1) if 1 in types else None
+        if begin is not None and types[begin:] != [1] * (len(types) - begin):
+            raise RequestError(f"this model's tokenizer gives a pair the token types {types}")
+        ids: list[int] = joined.ids
+        return ids, begin
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence; equals the concatenated deltas of OutputText."""
@@ -232,6 +271,15 @@ def _refuse_surrogates(text: str) -> None:
         ) from error
 
 
+def _room(most: int, taken: int) -> int:
+    if most <= taken:
+        raise RequestError(
+            f"truncate_prompt_tokens is {most}, must be more than the {taken} tokens that are kept",
+            param="truncate_prompt_tokens",
+        )
+    return most - taken
+
+
 def _complete(tokenizer: Tokenizer, files: TextFiles) -> None:
     """Make the tokenizer what its folder describes: the tokens that tokenizer_config.json adds or
     marks as special, and no truncation or padding, which some tokenizer.json ask for."""
@@ -264,11 +312,15 @@ def _complete(tokenizer: Tokenizer, files: TextFiles) -> None:
 
 
 def _explicit_ends(
-    files: TextFiles, bos: int | None, eos: int | None
+    tokenizer: Tokenizer, files: TextFiles, bos: int | None, eos: int | None
 ) -> tuple[list[int], list[int]] | None:
-    """What add_special_tokens puts before and after when tokenizer_config.json says so itself,
-    which wins over tokenizer.json's post-processor, as in transformers 5."""
+    """What add_special_tokens puts before and after where tokenizer_config.json says so. A
+    post-processor of tokenizer.json that adds tokens wins over that, as in transformers 5.24:
+    Qwen3-Embedding's adds the token that its vectors are read from, and says add_bos_token
+    false beside it."""
     if files.add_bos_token is None and files.add_eos_token is None:
+        return None
+    if tokenizer.num_special_tokens_to_add(False) > 0:
         return None
     before = [bos] if files.add_bos_token and bos is not None else []
     after = [eos] if files.add_eos_token and eos is not None else []

@@ -16,15 +16,24 @@ from typing import Any
 import torch
 
 from quantd.daemon.gguf.types import BLOCKS
-from quantd.daemon.types import BLOCK_TOKENS
+from quantd.daemon.types import BLOCK_TOKENS, LoadModel
 from quantd.daemon.worker import child
 from quantd.daemon.worker.checkpoint import Checkpoint, open_checkpoint
 from quantd.daemon.worker.load import choose_device, choose_dtype, stored_dtype
+from quantd.daemon.worker.load_encoder import context_of
+from quantd.daemon.worker.load_encoder import stored_dtype as stored_encoder_dtype
 from quantd.daemon.worker.loader import choose
 from quantd.daemon.worker.memory import block_bytes
-from quantd.daemon.worker.models.config import ModelConfig
+from quantd.daemon.worker.models.config import CheckpointConfig, ModelConfig
+from quantd.daemon.worker.models.encoder_config import (
+    EncoderConfig,
+    encoder_tensors,
+    read_encoder,
+    refuse_labels,
+)
 from quantd.daemon.worker.models.families import read_config
 from quantd.daemon.worker.models.names import ModelTensors, model_tensors
+from quantd.daemon.worker.pooling import PoolingPlan, plan_pooling
 from quantd.kernels import ops
 from quantd.plugins.api import Describes, FromPlain, LinearSpec, Refused, TensorSource
 from quantd.plugins.select import Choice, Registry, Rule, notes, parse_rules, select
@@ -53,16 +62,28 @@ def _report(report: Report, request: dict[str, Any], registry: Registry) -> None
     report["said"] = _said(checkpoint)
     source = checkpoint.source()
     report["stored"] = _stored(source)
-    config = read_config(checkpoint.config)
-    report["model"] = _model(config, checkpoint)
+    load = LoadModel("", request["path"])
+    pooling = plan_pooling(load, checkpoint.path, checkpoint.config)
+    config: ModelConfig | EncoderConfig
+    if pooling is not None and pooling.is_encoder:
+        config = read_encoder(checkpoint.config)
+        report["model"] = _encoder(config, checkpoint, pooling)
+        stored = config.dtype or stored_encoder_dtype(source)
+    else:
+        config = read_config(checkpoint.config)
+        report["model"] = _model(config, checkpoint, pooling)
+        stored = config.dtype or stored_dtype(source)
     device = choose_device(request["device"])
     wanted = request["dtype"]
-    dtype = choose_dtype(wanted, config.dtype or stored_dtype(source), device)
+    dtype = choose_dtype(wanted, stored, device)
     report |= {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     report["notes"] += ops.notes(dtype)
-    per_token = block_bytes(config, dtype) // BLOCK_TOKENS
-    report["kv_bytes_per_token"] = per_token
-    tensors = model_tensors(config, dtype, source.names(), exact=wanted == "float32")
+    names, exact = source.names(), wanted == "float32"
+    if isinstance(config, EncoderConfig):
+        tensors = encoder_tensors(config, dtype, names, exact)
+    else:
+        report["kv_bytes_per_token"] = block_bytes(config, dtype) // BLOCK_TOKENS
+        tensors = model_tensors(config, dtype, names, exact, pooling is None)
     report["model"]["parameters"] = _parameters(config, tensors)
     rules = parse_rules(request["quantization"])
     report["layers"] = [
@@ -73,6 +94,7 @@ def _report(report: Report, request: dict[str, Any], registry: Registry) -> None
     report["embedding"] = _embedding(tensors, source, device, choices.embedding)
     linears = [layer["loaded_bytes"] for layer in report["layers"]]
     vectors = 4 * sum(vector.size for vector in tensors.vectors.values())
+    vectors += 4 * sum(table.rows * table.columns for table in tensors.tables.values())
     report["weight_bytes"] = sum(linears) + vectors + report["embedding"]["loaded_bytes"]
     report["weight_bytes_exact"] = all(layer["described"] for layer in report["layers"])
 
@@ -105,7 +127,42 @@ def _stored_bytes(source: TensorSource, name: str) -> int:
     return math.prod(source.shape(name)) // elements * nbytes
 
 
-def _model(config: ModelConfig, checkpoint: Checkpoint) -> Report:
+def _encoder(config: EncoderConfig, checkpoint: Checkpoint, pooling: PoolingPlan) -> Report:
+    if pooling.task == "rerank":
+        refuse_labels(config)
+    return {
+        "architecture": config.architecture,
+        "layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "heads": config.num_heads,
+        "kv_heads": config.num_heads,
+        "head_dim": config.head_dim,
+        "experts": None,
+        "output_rows": config.vocab_size,
+        "vocab_size": checkpoint.vocab_size(config.vocab_size),
+        "context": context_of(None, config, pooling),
+        "context_limit": config.context_limit,
+        "pooling": _pooling(pooling, config.hidden_size),
+    }
+
+
+def _pooling(plan: PoolingPlan | None, size: int) -> Report | None:
+    """What it gives instead of tokens; None: it generates."""
+    if plan is None:
+        return None
+    info = plan.info(size)
+    return {
+        "task": info.task,
+        "size": info.size,
+        "kind": plan.kind if info.task == "embed" else "cls",
+        "normalized": info.normalized,
+        "matryoshka": info.matryoshka,
+        "dimensions": list(info.dimensions),
+    }
+
+
+def _model(config: ModelConfig, checkpoint: Checkpoint, pooling: PoolingPlan | None) -> Report:
+    most = None if pooling is None else pooling.max_tokens
     return {
         "architecture": config.architecture,
         "layers": len(config.layers),
@@ -116,16 +173,19 @@ def _model(config: ModelConfig, checkpoint: Checkpoint) -> Report:
         "experts": None if config.moe is None else config.moe.num_experts,
         "output_rows": config.vocab_size,
         "vocab_size": checkpoint.vocab_size(config.vocab_size),
-        "context": config.default_context,
+        "context": min(config.default_context, most or config.default_context),
         "context_limit": config.context_limit,
+        "pooling": _pooling(pooling, config.hidden_size),
     }
 
 
-def _parameters(config: ModelConfig, tensors: ModelTensors) -> int:
+def _parameters(config: CheckpointConfig, tensors: ModelTensors) -> int:
     linears = sum(
         (spec.in_features + spec.bias) * spec.out_features for spec in tensors.linears.values()
     )
-    untied = 0 if config.tied else config.vocab_size * config.hidden_size
+    is_counted = config.tied and "lm_head" in tensors.linears
+    untied = 0 if is_counted else config.vocab_size * config.hidden_size
+    untied += sum(table.rows * table.columns for table in tensors.tables.values())
     return linears + untied + sum(vector.size for vector in tensors.vectors.values())
 
 

@@ -31,6 +31,7 @@ from quantd.daemon.worker.models.config import ModelConfig
 from quantd.daemon.worker.models.decoder import Decoder
 from quantd.daemon.worker.models.families import read_config
 from quantd.daemon.worker.models.names import dense_shapes, model_tensors
+from quantd.daemon.worker.pooling import PoolingPlan
 from quantd.daemon.worker.revision import kv_revision
 from quantd.kernels import ops
 from quantd.plugins.api import TensorSource
@@ -58,8 +59,8 @@ class Model:
     info: ModelInfo
 
 
-def load_model(load: LoadModel, progress: Progress) -> Model:
-    """Raises Refused when loading again cannot help."""
+def load_model(load: LoadModel, progress: Progress, pooling: PoolingPlan | None = None) -> Model:
+    """With `pooling` there is no output layer. Raises Refused when loading again cannot help."""
     started = time.perf_counter()
     progress(LoadProgress("checking", 0, 0))
     checkpoint = open_checkpoint(Path(load.path))
@@ -67,18 +68,19 @@ def load_model(load: LoadModel, progress: Progress) -> Model:
     if checkpoint.norm_offset_baked:
         config = replace(config, norm_offset=0.0)
     device = choose_device(load.device)
-    max_context = _max_context(load.max_context, config)
+    max_context = _max_context(load.max_context, config, pooling)
     ops.set_num_threads(load.threads or physical_cores())
     source: TensorSource
     if load.load_format == "dummy":
         dtype = choose_dtype(load.dtype, config.dtype or "bfloat16", device)
-        tensors = model_tensors(config, dtype, exact=load.dtype == "float32")
+        tensors = model_tensors(config, dtype, (), load.dtype == "float32", pooling is None)
         shapes = dense_shapes(tensors, config)
         source = DummySource(checkpoint.config, shapes, dtype, norm=1.0 - config.norm_offset)
     else:
         source = checkpoint.source()
         dtype = choose_dtype(load.dtype, config.dtype or stored_dtype(source), device)
-        tensors = model_tensors(config, dtype, source.names(), exact=load.dtype == "float32")
+        exact = load.dtype == "float32"
+        tensors = model_tensors(config, dtype, source.names(), exact, pooling is None)
     check_kv_bytes(load.kv_bytes, config, dtype, device)
     host_blocks = num_host_blocks(load.host_kv_bytes, block_bytes(config, dtype))
     registry = Registry()
@@ -108,7 +110,9 @@ def load_model(load: LoadModel, progress: Progress) -> Model:
             *registry.warnings,
             *notes(source, tensors.linears.values(), choices.linears),
             *_pool_notes(pools, max_context),
+            *(() if pooling is None else pooling.notes),
         ),
+        pooling=None if pooling is None else pooling.info(config.hidden_size),
     )
     decoder = Decoder(config, weights, dtype, max_context)
     return Model(decoder, config, weights, pools, device, info)
@@ -130,9 +134,10 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _max_context(wanted: int | None, config: ModelConfig) -> int:
+def _max_context(wanted: int | None, config: ModelConfig, pooling: PoolingPlan | None) -> int:
     if wanted is None:
-        return config.default_context
+        most = None if pooling is None else pooling.max_tokens
+        return min(config.default_context, most or config.default_context)
     if wanted > config.context_limit:
         raise Refused(f"max_context = {wanted}, but the checkpoint ends at {config.context_limit}")
     return wanted

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from quantd.daemon.types import LoadProgress
 from quantd.daemon.worker.embedding import Embedding
-from quantd.daemon.worker.models.config import ModelConfig
-from quantd.daemon.worker.models.names import ModelTensors, is_ignored
+from quantd.daemon.worker.models.config import CheckpointConfig
+from quantd.daemon.worker.models.names import ModelTensors
 from quantd.kernels import ops
 from quantd.plugins.api import LinearSpec, Quantizer, QuantLinear, Refused, TensorSource
 from quantd.plugins.select import Choice, Registry, Rule, check_rules, select
@@ -46,7 +46,7 @@ _SHOWN = 4
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Everything that a decoder holds, by the names of `models/names.py`."""
+    """Everything that a model holds, by the names of `models/names.py`."""
 
     linears: dict[str, QuantLinear]
     vectors: dict[str, Tensor]
@@ -55,6 +55,8 @@ class Weights:
     num_parameters: int
     nbytes: int
     """Of what is packed; a mapped table of embeddings does not count."""
+    tables: dict[str, Tensor] = field(default_factory=dict)
+    """fp32"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def choose(
-    config: ModelConfig,
+    config: CheckpointConfig,
     source: TensorSource,
     tensors: ModelTensors,
     device: torch.device,
@@ -97,6 +99,7 @@ def choose(
     parts = {part for spec in tensors.linears.values() for part in spec.parts}
     absent = [f"{part}.weight" for part in sorted(parts - modules)]
     vectors = [vector.source for vector in tensors.vectors.values()]
+    vectors += [table.source for table in tensors.tables.values()]
     others = [tensors.embedding, *vectors]
     absent += [name for name in others if name not in names and name not in absent]
     _refuse("the checkpoint lacks", absent)
@@ -110,7 +113,7 @@ def choose(
     _refuse("the checkpoint lacks", [name for name in expected if name not in names])
     _refuse(
         f"{config.architecture} has no place for",
-        [name for name in names if name not in expected and not is_ignored(config, name)],
+        [name for name in names if name not in expected and not tensors.is_ignored(name)],
     )
     _refuse(
         "the checkpoint does not fit its config.json:",
@@ -127,7 +130,7 @@ def choose(
     return choices
 
 
-def _table(config: ModelConfig, tensors: ModelTensors) -> LinearSpec:
+def _table(config: CheckpointConfig, tensors: ModelTensors) -> LinearSpec:
     """The table of embeddings, as if it were a layer."""
     dtype = next(iter(tensors.linears.values())).dtype
     part = tensors.embedding.removesuffix(".weight")
@@ -136,12 +139,13 @@ def _table(config: ModelConfig, tensors: ModelTensors) -> LinearSpec:
 
 
 def _expected(
-    config: ModelConfig, source: TensorSource, tensors: ModelTensors, choices: Choices
+    config: CheckpointConfig, source: TensorSource, tensors: ModelTensors, choices: Choices
 ) -> dict[str, tuple[int, ...]]:
     expected: dict[str, tuple[int, ...]] = {
         tensors.embedding: (config.vocab_size, config.hidden_size)
     }
     expected |= {vector.source: (vector.size,) for vector in tensors.vectors.values()}
+    expected |= {table.source: (table.rows, table.columns) for table in tensors.tables.values()}
     for spec, choice in zip(tensors.linears.values(), choices.linears, strict=True):
         expected |= choice.quantizer.tensors(spec, source)
     return expected
@@ -157,7 +161,7 @@ def _refuse(what: str, names: Sequence[str], noun: str = "tensor") -> None:
 
 
 def load_weights(
-    config: ModelConfig,
+    config: CheckpointConfig,
     source: TensorSource,
     tensors: ModelTensors,
     choices: Choices,
@@ -196,14 +200,20 @@ def load_weights(
         name: _vector(source, vector.source, device, config.norm_offset)
         for name, vector in tensors.vectors.items()
     }
+    tables = {
+        name: _vector(source, table.source, device, 0.0) for name, table in tensors.tables.items()
+    }
     embedding = _embedding(choices.embedding.quantizer, source, tensors.embedding, device)
     nbytes = sum(linear.nbytes for linear in linears.values())
     nbytes += sum(vector.nbytes for vector in vectors.values())
+    nbytes += sum(table.nbytes for table in tables.values())
     nbytes += embedding.nbytes
     biases = sum(spec.out_features for spec, _ in specs.values() if spec.bias)
-    untied = 0 if config.tied else config.vocab_size * config.hidden_size
+    is_counted = config.tied and "lm_head" in specs
+    untied = 0 if is_counted else config.vocab_size * config.hidden_size
     parameters = sum(sizes.values()) + biases + untied + sum(map(len, vectors.values()))
-    return Weights(linears, vectors, embedding, parameters, nbytes)
+    parameters += sum(table.numel() for table in tables.values())
+    return Weights(linears, vectors, embedding, parameters, nbytes, tables)
 
 
 def _embedding(

@@ -165,9 +165,9 @@ def _make_runner(load: LoadModel, on_progress: OnProgress) -> StepRunner:
     # What is imported and loaded stays until the process ends. Python's collector would look
     # through it again and again while it grows, and for a tenth of a second between two steps.
     gc.disable()
-    from quantd.daemon.worker.runner import Runner
+    from quantd.daemon.worker.pooled_runner import open_runner
 
-    runner = Runner(load, on_progress)
+    runner = open_runner(load, on_progress)
     gc.freeze()
     gc.enable()
     return runner

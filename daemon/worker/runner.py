@@ -35,6 +35,7 @@ from quantd.daemon.worker.grammar import CPU_HEAD_START, Constraint, Grammars
 from quantd.daemon.worker.host import HostPool
 from quantd.daemon.worker.load import Model, load_model
 from quantd.daemon.worker.loader import Progress
+from quantd.daemon.worker.pooling import PoolingPlan
 from quantd.daemon.worker.sampler import Sampler, SampleRow
 from quantd.kernels import ops
 
@@ -104,8 +105,10 @@ class _Wanted:
 class Runner:
     """One loaded model. Plans are executed strictly in order, from one thread."""
 
-    def __init__(self, load: LoadModel, on_progress: Progress) -> None:
-        self._model: Model = load_model(load, on_progress)
+    def __init__(
+        self, load: LoadModel, on_progress: Progress, pooling: PoolingPlan | None = None
+    ) -> None:
+        self._model: Model = load_model(load, on_progress, pooling)
         self._sampler = Sampler(self._model.info.vocab_size)
         head_start = CPU_HEAD_START if self._model.device.type == "cpu" else 0.0
         self._grammars = Grammars(self._model.info.vocab_size, head_start)

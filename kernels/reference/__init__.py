@@ -3,6 +3,7 @@
 from quantd.kernels.reference.activation import Activation, act_and_mul
 from quantd.kernels.reference.attention import paged_attention
 from quantd.kernels.reference.cache import write_kv
+from quantd.kernels.reference.encoder import activate, encoder_attention, layer_norm
 from quantd.kernels.reference.grouped import dequantize_grouped, quantize_rows
 from quantd.kernels.reference.linear import linear
 from quantd.kernels.reference.norm import add_rms_norm, rms_norm
@@ -12,8 +13,11 @@ from quantd.kernels.reference.routing import route_experts
 __all__ = [
     "Activation",
     "act_and_mul",
+    "activate",
     "add_rms_norm",
     "dequantize_grouped",
+    "encoder_attention",
+    "layer_norm",
     "linear",
     "paged_attention",
     "quantize_rows",

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 from fakes import FakeExecutor, ManualClock, hashed_token, make_request, make_tables
+from msgspec.structs import replace
 
 from quantd.daemon.config import SchedulerSettings
 from quantd.daemon.engine.engine import Engine
@@ -16,7 +17,7 @@ from quantd.daemon.engine.stream import TokenStream
 from quantd.daemon.errors import ContextLengthExceeded, QueueFull, RequestError, Unavailable
 from quantd.daemon.scheduler.scheduler import Scheduler
 from quantd.daemon.telemetry.metrics import EngineMetrics
-from quantd.daemon.types import SamplingParams, StepPlan, TokenEvent
+from quantd.daemon.types import Pooling, SamplingParams, StepPlan, StepResult, TokenEvent
 
 
 class Bench:
@@ -341,3 +342,43 @@ async def test_plans_go_to_the_worker_in_order() -> None:
         await asyncio.gather(*(whole(b.submit([n] * 40)) for n in range(5)))
         steps: list[StepPlan] = b.executor.plans
         assert [plan.step for plan in steps] == list(range(1, len(steps) + 1))
+
+
+# --- models that give vectors -------------------------------------------------------------------
+
+
+class VectorExecutor(FakeExecutor):
+    """Answers the bytes of a sequence's number in the place of a token."""
+
+    async def _run(self, plan: StepPlan, before: asyncio.Future[StepResult] | None) -> StepResult:
+        result = await super()._run(plan, before)
+        sampled = tuple(
+            replace(item, token=0, vector=str(item.seq).encode()) for item in result.sampled
+        )
+        return replace(result, sampled=sampled)
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+async def test_a_vector_comes_in_the_place_of_a_token(in_one_step: bool) -> None:
+    executor = VectorExecutor(max_context=40)
+    info = replace(executor.info, pooling=Pooling("embed", 4, whole=in_one_step), block_bytes=0)
+    tables = make_tables(info.num_blocks, whole=in_one_step)
+    scheduler = Scheduler(tables, SchedulerSettings(token_budget=64), 41, in_one_step)
+    engine = Engine(executor, info, scheduler, EngineMetrics())
+    running = asyncio.create_task(engine.run())
+    try:
+        # A prompt of the whole context leaves no room for a token, and needs none.
+        prompts = [range(n) for n in (40, 3, 40, 17, 40)]
+        streams = [engine.submit(make_request(prompt, max_tokens=1)) for prompt in prompts]
+        ends = [await whole(stream) for stream in streams]
+        assert {event.finish_reason for event in ends} == {"length"}
+        assert [stream.vector for stream in streams] == [b"1", b"2", b"3", b"4", b"5"]
+        stats = engine.stats()
+        assert (stats.prompt_tokens, stats.generated_tokens, stats.finished) == (140, 0, 5)
+        with pytest.raises(ContextLengthExceeded):
+            engine.submit(make_request(range(41), max_tokens=1))
+        with pytest.raises(RequestError, match="keeps no KV blocks"):
+            engine.resize(1 << 20)
+    finally:
+        await engine.close()
+        await running

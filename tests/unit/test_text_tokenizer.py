@@ -68,8 +68,10 @@ def test_nothing_is_truncated_or_padded(folder: Folder) -> None:
         (False, {}, [4]),
         (False, {"add_bos_token": True}, [1, 4]),
         (True, {"add_bos_token": True}, [1, 4]),
-        (True, {"add_bos_token": False}, [4]),
-        (True, {"add_bos_token": True, "add_eos_token": True}, [1, 4, 2]),
+        (False, {"add_bos_token": True, "add_eos_token": True}, [1, 4, 2]),
+        # The post-processor wins where it adds something, as in transformers.
+        (True, {"add_bos_token": False}, [1, 4]),
+        (True, {"add_bos_token": True, "add_eos_token": True}, [1, 4]),
     ],
 )
 def test_bos_and_eos(folder: Folder, bos: bool, config: dict[str, Any], expected: Any) -> None:
@@ -77,6 +79,40 @@ def test_bos_and_eos(folder: Folder, bos: bool, config: dict[str, Any], expected
     model = TextModel.load(folder(bos=bos, tokenizer_config__json=config))
     assert model.encode("hello") == expected
     assert model.encode("hello", add_special_tokens=False) == [4]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_text_is_cut_at_its_end_and_keeps_its_special_tokens(folder: Folder, bos: bool) -> None:
+    config = {"bos_token": "<s>", "eos_token": "</s>"}
+    config |= {} if bos else {"add_bos_token": True, "add_eos_token": True}  # type: ignore[dict-item]
+    model = TextModel.load(folder(bos=bos, tokenizer_config__json=config))
+    end = [] if bos else [2]
+    assert model.encode_within("hello world !", 9) == [1, 4, 5, 9, *end]
+    assert model.encode_within("hello world !", 2 + len(end)) == [1, 4, *end]
+    with pytest.raises(
+        RequestError, match=f"must be more than the {1 + len(end)} tokens"
+    ) as failed:
+        model.encode_within("hello world !", 1)
+    assert failed.value.param == "truncate_prompt_tokens"
+
+
+def test_pairs(folder: Folder) -> None:
+    path = folder()
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer.save(str(path / "tokenizer.json"))
+    model = TextModel.load(path)
+    assert model.encode_pair("hello", "world ! !") == ([1, 4, 2, 5, 9, 9, 2], 3)
+    assert model.encode_pair("hello", "world ! !", 6) == ([1, 4, 2, 5, 9, 2], 3)
+    with pytest.raises(RequestError, match="is 4, must be more than the 4 tokens that are kept"):
+        model.encode_pair("hello", "world", 4)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A </s> $B", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer.save(str(path / "tokenizer.json"))
+    assert TextModel.load(path).encode_pair("hello", "world") == ([1, 4, 2, 5], None)
 
 
 def test_a_lone_surrogate_is_refused(folder: Folder) -> None:

@@ -6,10 +6,29 @@ Everything in which the families differ is a value here, so that there is one de
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from quantd.daemon.worker.models.rope import RopeConfig
 from quantd.kernels.ops import Activation
+
+
+class CheckpointConfig(Protocol):
+    """What is asked of a model's configuration while a checkpoint is loaded."""
+
+    @property
+    def architecture(self) -> str: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def tied(self) -> bool: ...
+
+    @property
+    def norm_offset(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,8 @@ class Decoder:
             _layer(config, weights, i, layer) for i, layer in enumerate(config.layers)
         )
         self._norm = weights.vectors["model.norm"]
-        self._lm_head = weights.linears["lm_head"]
+        self._lm_head = weights.linears.get("lm_head")
+        """None: nobody will ask for logits."""
 
     def forward(
         self,
@@ -89,6 +90,7 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, hidden] as `forward` returned it -> [n, vocab], in the activations' type, or
         in fp32 where the family scales or caps them."""
+        assert self._lm_head is not None
         out = self._lm_head(hidden)
         cap = self._config.logits_softcap
         if self._config.logits_scale != 1.0:

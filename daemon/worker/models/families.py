@@ -31,6 +31,8 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     if not isinstance(architectures, list) or len(architectures) != 1:
         raise Refused(f"config.json: architectures is {architectures!r}, must name one")
     name = str(architectures[0])
+    if name.endswith("Model") and (whole := f"{name.removesuffix('Model')}ForCausalLM") in _READERS:
+        name = whole  # saved without its output layer
     if name not in _READERS:
         known = ", ".join(sorted(_READERS))
         raise Refused(f"the architecture {name!r} is not supported (supported: {known})")
@@ -56,14 +58,14 @@ def _base(name: str, raw: Mapping[str, Any], **defaults: Any) -> tuple[Fields, M
         layers=(LayerConfig(),) * f.integer("num_hidden_layers"),
         ropes=(_rope(f, head_dim),),
         norm_eps=f.number("rms_norm_eps"),
-        activation=_activation(f, "hidden_act"),
+        activation=read_activation(f, "hidden_act"),
         scale=head_dim**-0.5,
         tied=f.flag("tie_word_embeddings", False),
         dtype=f.value("dtype", f.value("torch_dtype")),
     )
 
 
-def _activation(f: Fields, key: str) -> Activation:
+def read_activation(f: Fields, key: str) -> Activation:
     try:
         return _ACTIVATIONS[f.text(key)]
     except KeyError:
@@ -174,7 +176,7 @@ def _gemma(name: str, raw: Mapping[str, Any], **defaults: Any) -> tuple[Fields, 
     bias = f.flag("attention_bias", False)
     return f, replace(
         base,
-        activation=_activation(f, "hidden_activation"),
+        activation=read_activation(f, "hidden_activation"),
         scale=f.number("query_pre_attn_scalar", 256) ** -0.5,
         norms="both",
         norm_offset=1.0,

@@ -6,12 +6,13 @@ them apart or (Phi-3) fused. The names below are therefore those of the fused la
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
-from quantd.daemon.worker.models.config import ModelConfig
+from quantd.daemon.worker.models.config import CheckpointConfig, ModelConfig
 from quantd.plugins.api import LinearSpec
 
 _OTHER_MODALITIES = (
@@ -20,17 +21,27 @@ _OTHER_MODALITIES = (
     "model.vision_tower.",
     "model.multi_modal_projector.",
 )
-_PREFIXES = ("model.", "language_model.model.", "model.language_model.")
+_PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
+"""Nothing where the decoder was saved alone, without its output layer."""
 _BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 """Tensors of old checkpoints that hold what is computed."""
 
 
 @dataclass(slots=True)
 class Vector:
-    """A norm's weight."""
+    """A norm's weight, or its bias."""
 
     source: str
     size: int
+
+
+@dataclass(slots=True)
+class Table:
+    """Rows that are added to embeddings: of positions, of token types."""
+
+    source: str
+    rows: int
+    columns: int
 
 
 @dataclass(slots=True)
@@ -41,6 +52,9 @@ class ModelTensors:
     """The table's name in the checkpoint."""
     linears: dict[str, LinearSpec] = field(default_factory=dict)
     vectors: dict[str, Vector] = field(default_factory=dict)
+    tables: dict[str, Table] = field(default_factory=dict)
+    is_ignored: Callable[[str], bool] = lambda name: False
+    """Tensors that a checkpoint may hold although they are not read."""
 
 
 def model_tensors(
@@ -48,17 +62,21 @@ def model_tensors(
     dtype: torch.dtype,
     names: Collection[str] = (),
     exact: bool = False,
+    head: bool = True,
 ) -> ModelTensors:
     """`names` are the checkpoint's: they tell under which prefix the decoder stands. `exact` is
-    what every layer's spec says."""
-    return _Builder(config, _prefix(names), dtype, exact).build()
+    what every layer's spec says. head: with the output layer."""
+    tensors = _Builder(config, _prefix(names), dtype, exact).build()
+    if not head:
+        del tensors.linears["lm_head"]
+    tensors.is_ignored = partial(_is_ignored, config, head)
+    return tensors
 
 
-def is_ignored(config: ModelConfig, name: str) -> bool:
-    """Tensors that a checkpoint may hold although the decoder does not read them."""
+def _is_ignored(config: ModelConfig, head: bool, name: str) -> bool:
     if name.endswith(_BUFFERS):
         return True
-    if config.tied and name.endswith("lm_head.weight"):
+    if (config.tied or not head) and name.endswith("lm_head.weight"):
         return True
     multimodal = config.architecture.endswith("ForConditionalGeneration")
     return multimodal and name.startswith(_OTHER_MODALITIES)
@@ -180,12 +198,14 @@ class _Builder:
 
 
 def dense_shapes(
-    tensors: ModelTensors, config: ModelConfig
+    tensors: ModelTensors, config: CheckpointConfig
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every tensor of an unquantized checkpoint, for weights that are made up."""
     yield tensors.embedding, (config.vocab_size, config.hidden_size)
     for vector in tensors.vectors.values():
         yield vector.source, (vector.size,)
+    for table in tensors.tables.values():
+        yield table.source, (table.rows, table.columns)
     for spec in tensors.linears.values():
         for part, rows in zip(spec.parts, spec.part_rows, strict=True):
             yield f"{part}.weight", (rows, spec.in_features)

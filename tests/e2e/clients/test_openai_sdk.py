@@ -202,7 +202,7 @@ def test_errors_become_the_sdks_classes(client: openai.OpenAI) -> None:
     assert long.value.code == "context_length_exceeded"
     assert "maximum context length is" in str(long.value)
     with pytest.raises(openai.NotFoundError):
-        client.embeddings.create(model="demo", input="x", encoding_format="float")
+        client.images.generate(model="demo", prompt="x")
 
 
 async def test_async_client(demo_server: Server, way: str) -> None:

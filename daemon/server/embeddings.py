@@ -1,0 +1,173 @@
+"""POST /v1/embeddings, in OpenAI's form."""
+
+from __future__ import annotations
+
+import base64
+import math
+import struct
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import msgspec
+from aiohttp import web
+
+from quantd.daemon.errors import RequestError
+from quantd.daemon.server.body import decode, read_body
+from quantd.daemon.server.context import Asker, asker
+from quantd.daemon.server.models import json_response
+from quantd.daemon.server.pooled import (
+    Options,
+    PooledUsage,
+    Text,
+    check_count,
+    check_task,
+    check_text,
+    encoded,
+    read_options,
+    vectors,
+)
+from quantd.daemon.server.sampling import integer, out_of_range
+from quantd.daemon.server.schemas import EmbeddingBody
+from quantd.daemon.types import Pooling
+
+if TYPE_CHECKING:
+    from quantd.daemon.text import TextModel
+
+_DECODER = msgspec.json.Decoder(EmbeddingBody)
+_FORMATS = ("float", "base64")
+
+
+class EmbeddingObject(msgspec.Struct):
+    index: int
+    embedding: Sequence[float] | str
+    """Base64: of little-endian float32."""
+    object: str = "embedding"
+
+
+class EmbeddingReply(msgspec.Struct):
+    model: str
+    data: list[EmbeddingObject]
+    usage: PooledUsage
+    object: str = "list"
+
+
+async def embeddings(request: web.Request) -> web.Response:
+    body = await read_body(request, _DECODER)
+    return json_response(await embed(asker(request), body))
+
+
+async def answer(raw: bytes, asker: Asker) -> EmbeddingReply:
+    """The answer to a body that does not come with an HTTP request of its own."""
+    return await embed(asker, decode(raw, _DECODER))
+
+
+async def embed(asker: Asker, body: EmbeddingBody) -> EmbeddingReply:
+    """Raises what the route answers with."""
+    options, texts = read_options(body), _read_input(body.input)
+    encoding = body.encoding_format or "float"
+    if encoding not in _FORMATS:
+        raise out_of_range("encoding_format", encoding, "float or base64")
+    wanted = None if body.dimensions is None else integer("dimensions", body.dimensions, 0, 1)
+    async with await asker.fleet.lease(body.model) as lease:
+        pooling = check_task(lease, "embed")
+        size = pooling.size if wanted is None else _check_dimensions(wanted, pooling)
+        num_chars = sum(len(text) for text in texts if isinstance(text, str))
+        special = body.add_special_tokens is not False
+        encode = partial(_encode, lease.text, texts, options, special)
+        prompts = await encoded("input", num_chars, encode)
+        for index, ids in enumerate(prompts):
+            check_text(_name(index, body.input), ids, lease)
+        pieces = [Text(ids) for ids in prompts]
+        found = await vectors(asker, lease, "input", pieces, options)
+    num_tokens = sum(map(len, prompts))
+    cut = [_cut(vector, size, pooling) for vector in found]
+    return EmbeddingReply(
+        model=lease.name,
+        data=[EmbeddingObject(i, _written(vector, encoding)) for i, vector in enumerate(cut)],
+        usage=PooledUsage(num_tokens, num_tokens),
+    )
+
+
+def _read_input(given: str | list[str | int | list[int]] | None) -> list[str | list[int]]:
+    """One entry per text. Raises RequestError for what is neither of OpenAI's four forms."""
+    if given is None:
+        raise RequestError(
+            "input: this field is required", param="input", code="missing_required_parameter"
+        )
+    if isinstance(given, str):
+        texts: list[str | list[int]] = [given]
+    else:
+        texts = [item for item in given if isinstance(item, str)]
+        ids = [item for item in given if isinstance(item, int)]
+        lists = [item for item in given if isinstance(item, list)]
+        texts = texts or ([ids] if ids else [*lists])
+        if len(given) != (len(ids) or len(texts)) or (ids and lists):
+            raise RequestError(
+                "input must be a string, a list of strings, a list of token ids, or a list of "
+                "such lists",
+                param="input",
+            )
+    check_count("input", len(texts))
+    for index, text in enumerate(texts):
+        if not text:
+            name = _name(index, given)
+            raise RequestError(f"{name} is empty; at least 1 token is needed", param="input")
+    return texts
+
+
+def _name(index: int, given: object) -> str:
+    """Of one text, as the caller sees it."""
+    is_one = isinstance(given, str) or (isinstance(given, list) and isinstance(given[0], int))
+    return "input" if is_one else f"input[{index}]"
+
+
+def _check_dimensions(wanted: int, pooling: Pooling) -> int:
+    """Raises RequestError with the model's size when its vectors cannot be cut so."""
+    size = pooling.size
+    if wanted == size:
+        return size
+    if not pooling.matryoshka:
+        raise RequestError(
+            f"dimensions is {wanted}, but this model's embeddings have {size} and, by its "
+            "config.json, do not stay meaningful when they are cut; set matryoshka = true in its "
+            "configuration if they do",
+            param="dimensions",
+        )
+    if wanted > size or (pooling.dimensions and wanted not in pooling.dimensions):
+        lengths = ", ".join(map(str, pooling.dimensions))
+        limit = f"one of {lengths}, or {size}" if lengths else f"between 1 and {size}"
+        raise out_of_range("dimensions", wanted, limit)
+    return wanted
+
+
+def _encode(
+    text: TextModel, texts: Sequence[str | list[int]], options: Options, special: bool
+) -> list[Sequence[int]]:
+    most = options.most
+    found: list[Sequence[int]] = []
+    for item in texts:
+        if not isinstance(item, str):
+            found.append(item[:most])
+        elif most is None or not special:
+            found.append(text.encode(item, add_special_tokens=special)[:most])
+        else:
+            found.append(text.encode_within(item, most))
+    return found
+
+
+def _cut(vector: bytes, size: int, pooling: Pooling) -> bytes:
+    """The first `size` numbers, of length 1 again if they were."""
+    if size == pooling.size:
+        return vector
+    numbers = struct.unpack(f"<{size}f", vector[: 4 * size])
+    if pooling.normalized:
+        length = max(math.sqrt(math.fsum(x * x for x in numbers)), 1e-12)
+        numbers = tuple(x / length for x in numbers)
+    return struct.pack(f"<{size}f", *numbers)
+
+
+def _written(vector: bytes, encoding: str) -> Sequence[float] | str:
+    if encoding == "base64":
+        return base64.b64encode(vector).decode("ascii")
+    return struct.unpack(f"<{len(vector) // 4}f", vector)
