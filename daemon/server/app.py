@@ -104,6 +104,8 @@ _ROUTES = [
     web.delete("/v1/responses/{id}", _later("responses", "delete")),
     web.post("/v1/responses/{id}/cancel", _later("responses", "cancel")),
     web.get("/v1/responses/{id}/input_items", _later("responses", "input_items")),
+    web.post("/v1/messages", _later("anthropic.routes", "create")),
+    web.post("/v1/messages/count_tokens", _later("anthropic.routes", "count_tokens")),
     web.post("/v1/conversations", _later("conversations", "create")),
     web.get("/v1/conversations/{id}", _later("conversations", "get")),
     web.post("/v1/conversations/{id}", _later("conversations", "update")),

@@ -1,4 +1,5 @@
-"""Errors as OpenAI's JSON: {"error": {"message", "type", "param", "code"}}, for every status.
+"""Errors as JSON, in the shape of the API that was called: OpenAI's, for every status, is
+{"error": {"message", "type", "param", "code"}}.
 
 Only this file turns an exception into bytes. Nothing of an unexpected exception but the request's
 id reaches the caller; the rest goes to the log.
@@ -25,6 +26,8 @@ from quantd.daemon.errors import (
     Unauthorized,
     Unavailable,
 )
+from quantd.daemon.server.anthropic import errors as anthropic
+from quantd.daemon.server.context import REQUEST_ID
 
 DEFAULT_RETRY_AFTER = 5.0
 """Seconds, for a 503 that does not know better."""
@@ -50,7 +53,8 @@ def error_body(error: QuantdError) -> ErrorBody:
     return ErrorBody(ErrorDetail(error.message, error.type, error.param, error.error_code))
 
 
-def error_response(error: QuantdError) -> web.Response:
+def error_response(error: QuantdError, path: str = "", request_id: str = "") -> web.Response:
+    """`path`: as requested; it says whose shape the body has."""
     headers: dict[str, str] = {}
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = 'Bearer realm="quantd"'
@@ -62,10 +66,16 @@ def error_response(error: QuantdError) -> web.Response:
         headers["Retry-After"] = str(max(1, math.ceil(seconds)))
     return web.Response(
         status=error.status,
-        body=encode_error(error),
+        body=_body_for(path, error, request_id),
         content_type="application/json",
         headers=headers,
     )
+
+
+def _body_for(path: str, error: QuantdError, request_id: str) -> bytes:
+    if anthropic.is_below(path):
+        return anthropic.encode_error(error, request_id)
+    return encode_error(error)
 
 
 def internal_error(request_id: str) -> InternalError:
@@ -74,7 +84,7 @@ def internal_error(request_id: str) -> InternalError:
 
 def http_error_response(exc: web.HTTPException, request: web.Request) -> web.Response:
     """What aiohttp itself raises: unknown URL, wrong method, body over the limit, bad encoding."""
-    response = error_response(_from_http(exc, request))
+    response = error_response(_from_http(exc, request), request.path, request[REQUEST_ID])
     response.set_status(exc.status)
     if isinstance(exc, web.HTTPMethodNotAllowed):
         response.headers["Allow"] = ", ".join(sorted(exc.allowed_methods))

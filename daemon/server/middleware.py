@@ -11,6 +11,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from quantd.daemon.errors import Forbidden, QuantdError
+from quantd.daemon.server.anthropic.errors import is_below
 from quantd.daemon.server.auth import HostRule, may_administer, peer_of
 from quantd.daemon.server.context import CALLER, CONTEXT, ORIGIN, REQUEST_ID
 from quantd.daemon.server.errors import error_response, http_error_response, internal_error
@@ -30,13 +31,13 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except QuantdError as error:
-        return error_response(error)
+        return error_response(error, request.path, request[REQUEST_ID])
     except web.HTTPException as error:
         return http_error_response(error, request)
     except Exception as error:
         if isinstance(error, ConnectionError) and has_left(request):
             raise
-        return error_response(unexpected(request, error))
+        return error_response(unexpected(request, error), request.path, request[REQUEST_ID])
 
 
 def request_id_for(request: web.BaseRequest) -> str:
@@ -119,6 +120,8 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     request_id = request.get(REQUEST_ID)
     if request_id is not None:
         response.headers["x-request-id"] = request_id
+        if is_below(request.path):
+            response.headers["request-id"] = request_id
     origin = request.get(ORIGIN)
     if origin is not None:
         response.headers["Access-Control-Allow-Origin"] = origin

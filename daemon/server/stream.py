@@ -35,14 +35,21 @@ class Chunks(Protocol):
     def end(self) -> bytes: ...
 
 
+def _failed(error: QuantdError) -> bytes:
+    return event(encode_error(error)) + DONE
+
+
 async def stream_generation(
     request: web.Request,
     running: AbstractAsyncContextManager[Generation],
     chunks_of: Callable[[Generation], Chunks],
+    failed: Callable[[QuantdError], bytes] = _failed,
 ) -> web.StreamResponse:
-    """Before the first byte an error is raised and becomes a status; after it, an event."""
+    """Before the first byte an error is raised and becomes a status; after it, an event, which
+    `failed` writes."""
     context = request.app[CONTEXT]
-    async with EventStream(request, context.clock, context.settings.keepalive_seconds) as events:
+    seconds = context.settings.keepalive_seconds
+    async with EventStream(request, context.clock, seconds) as events:
         try:
             async with running as made, aclosing(made.deltas()) as deltas:
                 chunks, num_running = chunks_of(made), len(made.choices)
@@ -58,7 +65,7 @@ async def stream_generation(
             if not events.started or has_left(request):
                 raise
             known = error if isinstance(error, QuantdError) else unexpected(request, error)
-            await events.write(event(encode_error(known)) + DONE)
+            await events.write(failed(known))
         return await events.finish()
 
 

@@ -1,0 +1,27 @@
+"""Errors in Anthropic's shape: its types go by the status."""
+
+from __future__ import annotations
+
+import msgspec
+
+from quantd.daemon.errors import QuantdError
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def is_below(path: str) -> bool:
+    """The path is one of this API's, also if it is not served."""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
+
+
+def encode_error(error: QuantdError, request_id: str) -> bytes:
+    other = "invalid_request_error" if error.status < 500 else "api_error"
+    detail = {"type": _TYPES.get(error.status, other), "message": error.message}
+    return msgspec.json.encode({"type": "error", "error": detail, "request_id": request_id})

@@ -1,0 +1,70 @@
+"""The bodies of Anthropic's API as typed structs. Unknown fields are accepted."""
+
+from __future__ import annotations
+
+import msgspec
+
+from quantd.daemon.server.schemas import Integer, Json
+
+
+class Block(msgspec.Struct):
+    """Of any type; which fields it must have is checked where it is read."""
+
+    type: str
+    text: str | None = None
+    thinking: str | None = None
+    id: str | None = None
+    name: str | None = None
+    input: dict[str, Json] | None = None
+    tool_use_id: str | None = None
+    content: str | list[Block] | None = None
+
+
+class InputMessage(msgspec.Struct):
+    role: str
+    content: str | list[Block]
+
+
+class Thinking(msgspec.Struct):
+    type: str
+    budget_tokens: Integer | None = None
+    """Without effect: a model says by itself how long it thinks."""
+    display: str | None = None
+
+
+class ToolChoice(msgspec.Struct):
+    type: str
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class OutputConfig(msgspec.Struct):
+    effort: str | None = None
+    format: dict[str, Json] | None = None
+
+
+class CountBody(msgspec.Struct, kw_only=True):
+    """What the prompt depends on."""
+
+    model: str
+    messages: list[InputMessage]
+    system: str | list[Block] | None = None
+    tools: list[dict[str, Json]] | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    output_format: dict[str, Json] | None = None
+    """The older name of output_config.format."""
+
+    # Refused by name, unless they ask for nothing
+    mcp_servers: Json = None
+    container: Json = None
+
+
+class MessagesBody(CountBody, kw_only=True):
+    max_tokens: Integer
+    stop_sequences: list[str] | None = None
+    stream: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Integer | None = None
