@@ -57,6 +57,8 @@ $(VENV)/portable: $(VENV)/.dev $(wildcard daemon/*.py daemon/*/*.py daemon/*/*/*
 # Bit-equality of rows in any batch is the library's promise; plain torch is close (kernels/README.md).
 NATIVE_ONLY := tests/numerics/test_families.py::test_batched_as_alone \
 	tests/numerics/test_families.py::test_chunks \
+	tests/numerics/test_pooled.py::test_a_decoder_reads_a_prompt_in_chunks \
+	tests/kernels/test_encoder.py::test_activations \
 	tests/kernels/test_linear.py::test_bfloat16_goes_to_onednn_when_it_works
 
 test-portable: $(VENV)/portable  ## the tests that need no C library, without it
