@@ -17,9 +17,9 @@ from quantd.daemon.server.grammar import GrammarCheck
 
 if TYPE_CHECKING:
     from quantd.daemon.fleet import Fleet
-    from quantd.daemon.server.background import Background
-    from quantd.daemon.server.batch_runner import BatchRunner
-    from quantd.daemon.server.turns import Turns
+    from quantd.daemon.server.batches.runner import BatchRunner
+    from quantd.daemon.server.responses.background import Background
+    from quantd.daemon.server.responses.turns import Turns
     from quantd.daemon.server.webhooks import Webhooks
     from quantd.daemon.store import Store
     from quantd.daemon.telemetry.metrics import Metrics
@@ -57,7 +57,7 @@ class State:
 
     @cached_property
     def batches(self) -> BatchRunner:
-        from quantd.daemon.server.batch_runner import BatchRunner
+        from quantd.daemon.server.batches.runner import BatchRunner
 
         server, clock = self._settings.server, self._clock
         context = Context(
@@ -80,13 +80,13 @@ class State:
 
     @cached_property
     def background(self) -> Background:
-        from quantd.daemon.server.background import Background
+        from quantd.daemon.server.responses.background import Background
 
         return Background(self.store, self.webhooks, self._clock)
 
     @cached_property
     def turns(self) -> Turns:
-        from quantd.daemon.server.turns import Turns
+        from quantd.daemon.server.responses.turns import Turns
 
         return Turns()
 

@@ -16,7 +16,7 @@ from quantd.daemon.config import StoreSettings
 from quantd.daemon.errors import ContextLengthExceeded, QuantdError, QueueFull, Unavailable
 from quantd.daemon.server.admin import batches
 from quantd.daemon.server.auth import ApiKeys
-from quantd.daemon.server.batch_input import MAX_ERRORS, read_input
+from quantd.daemon.server.batches.input import MAX_ERRORS, read_input
 from quantd.daemon.server.context import CONTEXT
 from quantd.daemon.types import Request
 

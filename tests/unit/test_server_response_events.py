@@ -12,9 +12,9 @@ from openai._models import construct_type
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from quantd.daemon.server.response_events import Writer, joined
-from quantd.daemon.server.response_object import ResponseObject, new_object
-from quantd.daemon.server.response_request import ResponseBody, check
+from quantd.daemon.server.responses.events import Writer, joined
+from quantd.daemon.server.responses.object import ResponseObject, new_object
+from quantd.daemon.server.responses.request import ResponseBody, check
 from quantd.daemon.text.answer import CallArguments, CallStart, Content, Part, Reasoning
 
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)

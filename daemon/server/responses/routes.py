@@ -10,17 +10,17 @@ from aiohttp import web
 
 from quantd.daemon.errors import QuantdError, RequestError
 from quantd.daemon.server import chat, query
-from quantd.daemon.server.background import decode_object, events_after
 from quantd.daemon.server.body import decode, read_body
 from quantd.daemon.server.context import CALLER, CONTEXT, Asker, asker
 from quantd.daemon.server.files import Deleted
-from quantd.daemon.server.items import read_items
 from quantd.daemon.server.messages import check_messages
 from quantd.daemon.server.middleware import has_left, unexpected
 from quantd.daemon.server.models import json_response
-from quantd.daemon.server.response_events import error_event
-from quantd.daemon.server.response_object import ResponseObject
-from quantd.daemon.server.response_request import (
+from quantd.daemon.server.responses.background import decode_object, events_after
+from quantd.daemon.server.responses.events import error_event
+from quantd.daemon.server.responses.items import read_items
+from quantd.daemon.server.responses.object import ResponseObject
+from quantd.daemon.server.responses.request import (
     ContextBody,
     ResponseBody,
     all_messages,
@@ -29,7 +29,7 @@ from quantd.daemon.server.response_request import (
     check_context,
     renamed,
 )
-from quantd.daemon.server.response_run import Run, resolved, said_before
+from quantd.daemon.server.responses.run import Run, resolved, said_before
 from quantd.daemon.server.sampling import out_of_range
 from quantd.daemon.server.sse import EventStream
 

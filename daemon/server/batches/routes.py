@@ -130,7 +130,7 @@ def batch_object(batch: Batch) -> BatchObject:
 
 
 async def create_batch(request: web.Request) -> web.Response:
-    from quantd.daemon.server.endpoints import ENDPOINTS
+    from quantd.daemon.server.batches.endpoints import ENDPOINTS
     from quantd.daemon.store import Batch
     from quantd.daemon.store.rows import new_id
 

@@ -8,8 +8,8 @@ import msgspec
 
 from quantd.daemon.errors import QuantdError, QueueFull, RequestError
 from quantd.daemon.server.generate import Usage
-from quantd.daemon.server.items import AnyItem
-from quantd.daemon.server.response_request import Reasoning, TextOptions, Wanted
+from quantd.daemon.server.responses.items import AnyItem
+from quantd.daemon.server.responses.request import Reasoning, TextOptions, Wanted
 from quantd.daemon.server.schemas import Json
 
 

@@ -20,18 +20,18 @@ from quantd.daemon.server.choice import Delta
 from quantd.daemon.server.context import Asker
 from quantd.daemon.server.errors import internal_error
 from quantd.daemon.server.generate import Api, Generation, Prompt, generation
-from quantd.daemon.server.items import AnyItem, MessageItem, Reference, keep, kept, turns
 from quantd.daemon.server.logprobs import chat_logprobs
 from quantd.daemon.server.messages import check_messages
-from quantd.daemon.server.response_events import Writer, joined
-from quantd.daemon.server.response_object import (
+from quantd.daemon.server.responses.events import Writer, joined
+from quantd.daemon.server.responses.items import AnyItem, MessageItem, Reference, keep, kept, turns
+from quantd.daemon.server.responses.object import (
     IncompleteDetails,
     ResponseObject,
     fail,
     new_object,
     usage_of,
 )
-from quantd.daemon.server.response_request import ContextBody, Wanted, all_messages, renamed
+from quantd.daemon.server.responses.request import ContextBody, Wanted, all_messages, renamed
 from quantd.daemon.server.retry import collect_valid
 from quantd.daemon.server.schemas import ChatBody
 from quantd.daemon.store import Response

@@ -12,8 +12,8 @@ import msgspec
 import structlog
 
 from quantd.daemon.server.context import Clock
-from quantd.daemon.server.response_object import ResponseError, ResponseObject
-from quantd.daemon.server.response_run import Run
+from quantd.daemon.server.responses.object import ResponseError, ResponseObject
+from quantd.daemon.server.responses.run import Run
 from quantd.daemon.server.webhooks import Webhooks
 from quantd.daemon.store import Store
 

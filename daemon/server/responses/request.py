@@ -11,8 +11,8 @@ import msgspec
 
 from quantd.daemon.errors import RequestError
 from quantd.daemon.server import chat
-from quantd.daemon.server.items import AnyItem, Reference, messages_of, read_items
 from quantd.daemon.server.metadata import check_metadata
+from quantd.daemon.server.responses.items import AnyItem, Reference, messages_of, read_items
 from quantd.daemon.server.sampling import (
     MAX_LOGPROBS,
     Options,

@@ -12,18 +12,18 @@ from quantd.daemon.server import query
 from quantd.daemon.server.body import read_body
 from quantd.daemon.server.context import CALLER, CONTEXT, asker
 from quantd.daemon.server.files import Deleted
-from quantd.daemon.server.items import keep, read_items
 from quantd.daemon.server.metadata import check_metadata
 from quantd.daemon.server.models import json_response
-from quantd.daemon.server.response_run import resolved
-from quantd.daemon.server.responses import LIST_LIMIT, ItemList, item_list
+from quantd.daemon.server.responses.items import keep, read_items
+from quantd.daemon.server.responses.routes import LIST_LIMIT, ItemList, item_list
+from quantd.daemon.server.responses.run import resolved
 from quantd.daemon.store import Conversation, Item
 from quantd.daemon.store.rows import Page, new_id
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from quantd.daemon.server.turns import Turns
+    from quantd.daemon.server.responses.turns import Turns
     from quantd.daemon.store import Conversations
 
 MAX_ITEMS_AT_ONCE = 20

@@ -22,9 +22,9 @@ from quantd.daemon.errors import (
     StoreUnavailable,
     Unavailable,
 )
-from quantd.daemon.server.batch_input import BatchError, BatchErrors, Input, body_of, read_input
+from quantd.daemon.server.batches.endpoints import ENDPOINTS, Counts
+from quantd.daemon.server.batches.input import BatchError, BatchErrors, Input, body_of, read_input
 from quantd.daemon.server.context import Asker
-from quantd.daemon.server.endpoints import ENDPOINTS, Counts
 from quantd.daemon.server.errors import ErrorBody, error_body, internal_error
 from quantd.daemon.server.webhooks import Webhooks
 from quantd.daemon.store import Batch, Line, Result, Store

@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 
 from quantd.daemon.errors import QuantdError
-from quantd.daemon.server.items import (
+from quantd.daemon.server.logprobs import ChatLogprobs
+from quantd.daemon.server.responses.items import (
     CallItem,
     MessageItem,
     OutputText,
@@ -20,8 +21,7 @@ from quantd.daemon.server.items import (
     ReasoningText,
     Status,
 )
-from quantd.daemon.server.logprobs import ChatLogprobs
-from quantd.daemon.server.response_object import ResponseObject
+from quantd.daemon.server.responses.object import ResponseObject
 from quantd.daemon.server.schemas import Json
 from quantd.daemon.store.rows import new_id
 from quantd.daemon.text.answer import CallArguments, CallStart, Content, Part, Reasoning

@@ -6,9 +6,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from quantd.daemon.server import chat, completions, embeddings, responses
+from quantd.daemon.server import chat, completions, embeddings
 from quantd.daemon.server.context import Asker
-from quantd.daemon.server.response_object import ResponseObject
+from quantd.daemon.server.responses import routes as responses
+from quantd.daemon.server.responses.object import ResponseObject
 
 
 class Counts(NamedTuple):
