@@ -49,7 +49,7 @@ class BuildNative(build_ext):
         objects = self._compile(CSRC / "parallel.c", "parallel", [f'-DSOURCES="{source_digest()}"'])
         for level, flags in LEVELS.items():
             objects += self._compile(CSRC / "level.c", level, [*flags, f"-DLEVEL={level}"])
-        self.compiler.link_shared_object(objects, str(target), libraries=["m"])
+        self.compiler.link_shared_object(objects, str(target), libraries=["m", "pthread"])
 
     def _compile(self, source: Path, name: str, flags: list[str]) -> list[str]:
         # A directory per object: the compiler class names objects after their source.

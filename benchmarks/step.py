@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -52,20 +53,22 @@ class Clock:
 
 
 class Sequences:
-    """Makes plans: `count` sequences of `length` tokens each, in blocks of their own."""
+    """Makes plans: `count` sequences of `length` tokens each, in blocks of their own, with room for
+    `steps` tokens more."""
 
-    def __init__(self, runner: Any, count: int, length: int) -> None:
+    def __init__(self, runner: Any, count: int, length: int, steps: int = 32) -> None:
         from quantd.daemon import types
 
         self._types, self._runner = types, runner
         self.count, self._length = count, length
-        self._room = -(-(length + 32) // types.BLOCK_TOKENS)
+        self._room = -(-(length + steps) // types.BLOCK_TOKENS)
 
     def prefill(self) -> Any:
         sampling = self._types.SamplingParams(max_tokens=64, temperature=0.0)
         add, chunks = [], []
+        span = min(7000, self._runner.info.vocab_size - 300)
         for seq in range(self.count):
-            tokens = tuple(300 + (7 * i + seq) % 7000 for i in range(self._length))
+            tokens = tuple(300 + (7 * i + seq) % span for i in range(self._length))
             add.append(self._types.NewSequence(seq, tokens, len(tokens), sampling))
             blocks = tuple(range(seq * self._room, (seq + 1) * self._room))
             chunks.append(self._types.Chunk(seq, 0, self._length, blocks, True))
@@ -116,6 +119,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
+    from quantd.daemon.engine.process import worker_environment
+
+    os.environ.update(worker_environment(os.environ))
     start = time.perf_counter()
     import torch  # noqa: F401
 

@@ -31,6 +31,7 @@ from quantd.kernels.cpu.linear import (
     unpack_linear,
 )
 from quantd.kernels.cpu.native import DTYPES, Native
+from quantd.kernels.cpu.threads import OnCallerThread
 from quantd.kernels.grouped import GroupedCodes
 from quantd.kernels.reference import Activation, dequantize_grouped, route_experts
 
@@ -55,6 +56,7 @@ __all__ = [
     "linear",
     "notes",
     "num_threads",
+    "OnCallerThread",
     "pack_grouped",
     "pack_linear",
     "paged_attention",
@@ -203,8 +205,6 @@ def notes(dtype: torch.dtype | None = None) -> tuple[str, ...]:
             f"native CPU library not used ({library}): operations run in plain torch, and "
             "quantized weights are unpacked for every call. Install a C compiler, then quantd again"
         )
-    elif not library.has_threads:
-        found.append("native CPU library runs on one thread: torch's OpenMP was not found")
     problem = onednn_problem(torch.bfloat16) if dtype in (None, torch.bfloat16) else None
     if problem is not None:
         found.append(f"bfloat16 linear layers do without oneDNN's packed weights: {problem}")

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -17,6 +17,18 @@ _log = structlog.get_logger("quantd.worker")
 
 _MAX_LINE_BYTES = 4096
 _NUM_LAST_LINES = 20
+
+_SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+
+
+def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ`, in which torch's OpenMP threads look for work for some tens of microseconds and
+    then sleep, unless it says how long. By default they look for milliseconds after every
+    operation, on the cores that the kernels' own threads need by then (docs/decisions/0012).
+    """
+    if any(name in environ for name in _SPIN_VARIABLES):
+        return dict(environ)
+    return {**environ, "GOMP_SPINCOUNT": "1000"}
 
 
 class WorkerProcess:
@@ -54,6 +66,7 @@ class WorkerProcess:
                 stderr=output_fd,
                 pass_fds=(fd,),
                 process_group=0,
+                env=worker_environment(os.environ),
             )
         finally:
             os.close(output_fd)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from quantd.kernels import ops
 from quantd.kernels.cpu.linear import native, onednn_problem
-from quantd.kernels.cpu.native import pack_panels
+from quantd.kernels.cpu.native import pack_pairs, pack_panels
 from quantd.kernels.reference.grouped import quantize_rows
 
 Multiply = Callable[[torch.Tensor], torch.Tensor]
@@ -87,7 +87,10 @@ class Weight:
         makers = {"torch": lambda: partial(_torch, self._plain.clone())}
         if onednn_problem(self.layout.dtype) is None:
             makers["onednn"] = lambda: partial(_onednn, _reordered(self._plain))
-        if native() is not None:
+        lib = native()
+        if lib is not None and lib.has_pairs and self.layout.dtype == torch.bfloat16:
+            makers["pairs"] = lambda: partial(_pairs, pack_pairs(self._plain), self.shape[0])
+        if lib is not None:
             makers["native"] = lambda: partial(_native, pack_panels(self._plain), self.shape[0])
         return [Route(name, name == used, False, make) for name, make in makers.items()]
 
@@ -151,6 +154,12 @@ def _native(panels: torch.Tensor, rows: int, x: torch.Tensor) -> torch.Tensor:
     lib = native()
     assert lib is not None
     return lib.linear(x, panels, rows, None)
+
+
+def _pairs(pairs: torch.Tensor, rows: int, x: torch.Tensor) -> torch.Tensor:
+    lib = native()
+    assert lib is not None
+    return lib.linear_pairs(x, pairs, rows, None)
 
 
 def _grouped(weight: ops.GroupedWeight, x: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,13 @@
 
 | route  | dtypes                    | what it is                                                |
 |--------|---------------------------|-----------------------------------------------------------|
+| pairs  | bfloat16                  | csrc/pairs.h, where the processor multiplies pairs of them |
 | onednn | bfloat16                  | oneDNN with prepacked weights, private operations of torch |
 | native | float32, float16          | csrc/matmul.h, accumulates in fp32 in one fixed order     |
 | torch  | whatever is left          | F.linear on the plain weight                              |
 
-Without the native library float32 goes through oneDNN too; without oneDNN bfloat16 is native. The
+Without the native library float32 goes through oneDNN too; without oneDNN bfloat16 is native. A
+processor with AMX has tiles that only oneDNN uses here, so there bfloat16 is its. The
 native route holds the weights that float32 activations multiply in the dtype they come in: widened
 while they are multiplied, they give the same bits, and half as many bytes are read.
 """
@@ -18,7 +20,19 @@ import torch
 import torch.nn.functional as F
 
 from quantd.kernels.cpu.library import Library, open_library
-from quantd.kernels.cpu.native import DTYPES, Native, pack_panels, unpack_panels
+from quantd.kernels.cpu.native import (
+    DTYPES,
+    Native,
+    pack_pairs,
+    pack_panels,
+    unpack_pairs,
+    unpack_panels,
+)
+from quantd.kernels.cpu.threads import OnCallerThread
+
+_SMALL_WEIGHT, _SMALL_ROWS = 1 << 19, 8
+"""Elements of a weight and rows up to which oneDNN has the caller's thread alone: some tens of
+microseconds. A larger weight comes from memory, which two threads read faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +45,7 @@ class LinearWeight:
     dtype: torch.dtype
     """Of activations, bias and result. The weight may be held in a narrower one."""
     route: str
-    """onednn, native or torch."""
+    """pairs, onednn, native or torch."""
     nbytes: int
     """Memory held, padding included."""
 
@@ -75,7 +89,9 @@ def pack_linear(weight: torch.Tensor, dtype: torch.dtype | None = None) -> Linea
         data = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
     elif route == "native":
         data = pack_panels(weight.contiguous())
-    nbytes = data.nbytes if route == "native" else n * k * weight.element_size()
+    elif route == "pairs":
+        data = pack_pairs(weight)
+    nbytes = n * k * weight.element_size() if route == "onednn" else data.nbytes
     return LinearWeight(data, (n, k), dtype, route, nbytes)
 
 
@@ -90,6 +106,8 @@ def unpack_linear(w: LinearWeight) -> torch.Tensor:
     weight's own memory: read only."""
     if w.route == "onednn":
         return w.data.to_dense()
+    if w.route == "pairs":
+        return unpack_pairs(w.data, *w.shape)
     return unpack_panels(w.data, w.shape[0]) if w.route == "native" else w.data
 
 
@@ -103,14 +121,24 @@ def linear(x: torch.Tensor, w: LinearWeight, bias: torch.Tensor | None) -> torch
         if x.shape[0] == 1:
             return _onednn_linear(x.expand(2, -1).contiguous(), w.data, bias)[:1]
         return _onednn_linear(x, w.data, bias)
-    if w.route == "native":
-        lib = native()
-        assert lib is not None
-        return lib.linear(x, w.data, w.shape[0], bias)
-    return F.linear(x, w.data, bias)
+    if w.route == "torch":
+        return F.linear(x, w.data, bias)
+    lib = native()
+    assert lib is not None
+    multiply = lib.linear_pairs if w.route == "pairs" else lib.linear
+    return multiply(x, w.data, w.shape[0], bias)
 
 
 def _onednn_linear(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    if packed.numel() > _SMALL_WEIGHT or x.shape[0] > _SMALL_ROWS:
+        return _onednn_pointwise(x, packed, bias)
+    with OnCallerThread():
+        return _onednn_pointwise(x, packed, bias)
+
+
+def _onednn_pointwise(
     x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
@@ -120,9 +148,13 @@ def _onednn_linear(
 def _route(device: torch.device, dtype: torch.dtype) -> str:
     if device.type != "cpu" or dtype not in DTYPES:
         return "torch"
-    if dtype == torch.bfloat16 and onednn_problem(dtype) is None:
-        return "onednn"
-    if native() is not None:
+    lib = native()
+    if dtype == torch.bfloat16:
+        if lib is not None and lib.has_pairs and not torch.cpu._is_amx_tile_supported():
+            return "pairs"
+        if onednn_problem(dtype) is None:
+            return "onednn"
+    if lib is not None:
         return "native"
     if dtype == torch.float32 and onednn_problem(dtype) is None:
         return "onednn"

@@ -28,6 +28,7 @@ _SIGNATURES = {
         *(_float, _long, _float, _pointer, _pointer),
     ),
     "linear": (_int, _long, _long, _long, _pointer, _long, *(_pointer,) * 3),
+    "linear_pairs": (_long, _long, _long, _pointer, _long, *(_pointer,) * 3),
 }
 
 
@@ -45,6 +46,10 @@ class Native:
         self._rotary_write_kv = _bind(library, level, "rotary_write_kv")
         self._paged_attention = _bind(library, level, "paged_attention")
         self._linear = _bind(library, level, "linear")
+        self.has_pairs = hasattr(library.handle, f"quantd_linear_pairs_{level}")
+        """Whether linear_pairs may be called."""
+        if self.has_pairs:
+            self._linear_pairs = _bind(library, level, "linear_pairs")
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return self._norm(x, None, weight, eps)
@@ -205,13 +210,7 @@ class Native:
         if panels.shape[1] != k or x.dtype not in DTYPES or panels.dtype not in DTYPES:
             shape = (n, panels.shape[1])
             raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, weight {panels.dtype} {shape}")
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        if bias is not None:
-            bias = bias.to(x.dtype).contiguous()
-            if bias.shape != (n,):
-                raise ValueError(f"bias is {tuple(bias.shape)}, must be ({n},)")
-        out = torch.empty((rows, n), dtype=x.dtype)
+        x, bias, out = _operands(x, bias, n)
         problem = self._linear(
             torch.get_num_threads(),
             DTYPES[x.dtype],
@@ -228,6 +227,43 @@ class Native:
         _raise(problem, "")
         return out
 
+    def linear_pairs(
+        self, x: torch.Tensor, pairs: torch.Tensor, n: int, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x [T, K] times the weight packed by pack_pairs, plus bias [n] -> [T, n], all bfloat16."""
+        rows, k = x.shape
+        if pairs.shape[1] != (k + 1) // 2 or {x.dtype, pairs.dtype} != {torch.bfloat16}:
+            shape = (n, f"2 * {pairs.shape[1]}")
+            raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, weight {pairs.dtype} {shape}")
+        x, bias, out = _operands(x, bias, n)
+        problem = self._linear_pairs(
+            torch.get_num_threads(),
+            DTYPES[x.dtype],
+            rows,
+            k,
+            n,
+            x.data_ptr(),
+            x.stride(0),
+            pairs.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+        )
+        _raise(problem, "")
+        return out
+
+
+def _operands(
+    x: torch.Tensor, bias: torch.Tensor | None, n: int
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """x with contiguous rows, bias of its dtype, and room for the result."""
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    if bias is not None:
+        bias = bias.to(x.dtype).contiguous()
+        if bias.shape != (n,):
+            raise ValueError(f"bias is {tuple(bias.shape)}, must be ({n},)")
+    return x, bias, torch.empty((x.shape[0], n), dtype=x.dtype)
+
 
 def pack_panels(weight: torch.Tensor) -> torch.Tensor:
     """weight [N, K] as [ceil(N / PANEL), K, PANEL], padded with zeros."""
@@ -243,6 +279,23 @@ def pack_panels(weight: torch.Tensor) -> torch.Tensor:
 
 def unpack_panels(panels: torch.Tensor, n: int) -> torch.Tensor:
     return panels.transpose(1, 2).reshape(-1, panels.shape[1])[:n].contiguous()
+
+
+def pack_pairs(weight: torch.Tensor) -> torch.Tensor:
+    """weight [N, K] as [ceil(N / PANEL), ceil(K / 2), PANEL, 2], padded with zeros."""
+    n, k = weight.shape
+    count = k // 2
+    pairs = weight.new_zeros((-(-n // PANEL), -(-k // 2), PANEL, 2))
+    for panel, to in enumerate(pairs.transpose(1, 2)):  # to [PANEL, pairs, 2]
+        rows = weight[panel * PANEL : (panel + 1) * PANEL]
+        to[: len(rows), :count] = rows[:, : 2 * count].view(len(rows), count, 2)
+        if k % 2:
+            to[: len(rows), count, 0] = rows[:, -1]
+    return pairs
+
+
+def unpack_pairs(pairs: torch.Tensor, n: int, k: int) -> torch.Tensor:
+    return pairs.transpose(1, 2).reshape(-1, 2 * pairs.shape[1])[:n, :k].contiguous()
 
 
 def _bind(library: Library, level: str, name: str) -> Callable[..., int]:

@@ -1,5 +1,4 @@
-/* Grouped weights at the level avx512vnni in terms of AVX2, for machines that cannot run it: SIMDe supplies the
- * intrinsics, and this file the few that it has not. */
+/* Grouped weights at the level avx512vnni, and pairs of bfloat16, in terms of AVX2, for machines that cannot run them: SIMDe supplies the intrinsics, and this file the few that it has not. */
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
 #include <simde/x86/f16c.h>
@@ -55,5 +54,9 @@ static inline __m256i narrow_to_shorts(__m512i a) {
 #define __AVX512DQ__ 1
 #define __AVX512VL__ 1
 #define __AVX512VNNI__ 1
+#define __AVX512BF16__ 1
 #define NAME(name) quantd_##name##_avx512vnni
 #include "grouped.h"
+#undef NAME
+#define NAME(name) quantd_##name##_avx512bf16
+#include "pairs.h"

@@ -1,10 +1,16 @@
 """Every native operation is tested at every level of the instruction set that can run here."""
 
+import ctypes
+import dataclasses
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from quantd.kernels.cpu import library as library_module
 from quantd.kernels.cpu.library import Library, levels, open_library
 from quantd.kernels.cpu.native import Native
 
@@ -28,6 +34,24 @@ def best() -> Native:
     if not isinstance(_LIBRARY, Library):
         pytest.skip(f"no native library: {_LIBRARY}")
     return Native(_LIBRARY, _LIBRARY.best_level)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """What needs AVX-512 with VNNI or BF16, on a processor with AVX2 (`avx512_by_simde.c`)."""
+    compiler = shutil.which("gcc")
+    if compiler is None or not Path("/usr/include/simde").exists():
+        pytest.skip("no gcc or no libsimde-dev")
+    if not isinstance(_LIBRARY, Library) or "avx2" not in _LEVELS:
+        pytest.skip("no native library, or this processor has no AVX2")
+    sources = Path(library_module.__file__).parent / "csrc"
+    flags = "-std=gnu11 -O1 -fPIC -ffp-contract=off -w -mavx2 -mfma -mf16c -shared".split()
+    path = tmp_path_factory.mktemp("simde") / "emulated.so"
+    files = [Path(__file__).parent / "avx512_by_simde.c", sources / "parallel.c"]
+    subprocess.run(
+        [compiler, *flags, f"-I{sources}", '-DSOURCES=""', *files, "-lm", "-o", path], check=True
+    )
+    return dataclasses.replace(_LIBRARY, handle=ctypes.CDLL(str(path)))
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)

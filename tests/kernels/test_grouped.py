@@ -3,11 +3,7 @@ independence of rows, and what is refused."""
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -37,30 +33,12 @@ _EMULATED = "avx512vnni by SIMDe"
 
 
 @pytest.fixture(params=[*_LEVELS, _EMULATED], scope="module")
-def lib(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NativeGrouped:
+def lib(request: pytest.FixtureRequest) -> NativeGrouped:
     if not isinstance(_LIBRARY, Library):
         pytest.skip(f"no native library: {_LIBRARY}")
     if request.param == _EMULATED:
-        return _emulated(_LIBRARY, tmp_path_factory.mktemp("simde"))
+        return NativeGrouped(request.getfixturevalue("emulated"), "avx512vnni")
     return NativeGrouped(_LIBRARY, request.param)
-
-
-def _emulated(library: Library, folder: Path) -> NativeGrouped:
-    """The level that needs AVX-512 with VNNI, on a processor with AVX2."""
-    compiler = shutil.which("gcc")
-    if compiler is None or not Path("/usr/include/simde").exists():
-        pytest.skip("no gcc or no libsimde-dev")
-    if "avx2" not in _LEVELS:
-        pytest.skip("this processor has no AVX2")
-    sources = Path(grouped.__file__).parent / "csrc"
-    flags = "-std=gnu11 -O1 -fPIC -ffp-contract=off -w -mavx2 -mfma -mf16c -shared".split()
-    path = folder / "emulated.so"
-    files = [Path(__file__).parent / "avx512_by_simde.c", sources / "parallel.c"]
-    subprocess.run(
-        [compiler, *flags, f"-I{sources}", '-DSOURCES=""', *files, "-lm", "-o", path], check=True
-    )
-    handle = ctypes.CDLL(str(path))
-    return NativeGrouped(dataclasses.replace(library, handle=handle), "avx512vnni")
 
 
 def make(rows: int, columns: int, bits: int, kind: str, group: int) -> GroupedCodes:

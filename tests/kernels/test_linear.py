@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from quantd.kernels import ops, reference
+from quantd.kernels.cpu import linear
+from quantd.kernels.cpu.library import Library
 from quantd.kernels.cpu.linear import onednn_problem
-from quantd.kernels.cpu.native import Native, pack_panels, unpack_panels
+from quantd.kernels.cpu.native import Native, pack_pairs, pack_panels, unpack_pairs, unpack_panels
+from quantd.kernels.cpu.native import _bind as bind
 
 Close = Callable[[torch.Tensor, torch.Tensor], None]
 SHAPES = [(1, 1), (31, 7), (48, 64), (33, 257), (100, 600), (64, 1030)]
@@ -31,6 +34,51 @@ def test_native_linear(
             wide = None if b is None else b.double()
             want = reference.linear(x.double(), weight.double(), wide)
             assert_close(lib.linear(x, panels, shape[0], b), want)
+
+
+class EmulatedPairs(Native):
+    def __init__(self, library: Library) -> None:
+        self._linear_pairs = bind(library, "avx512bf16", "linear_pairs")
+
+
+@pytest.fixture(params=["best", "by SIMDe"])
+def pairs(request: pytest.FixtureRequest, best: Native) -> Native:
+    if request.param == "by SIMDe":
+        return EmulatedPairs(request.getfixturevalue("emulated"))
+    if not best.has_pairs:
+        pytest.skip("this processor does not multiply pairs of bfloat16")
+    return best
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pairs(pairs: Native, shape: tuple[int, int], assert_close: Close) -> None:
+    for rows in ROWS:
+        x, weight, bias = _make(*shape, rows, torch.bfloat16)
+        packed = pack_pairs(weight)
+        assert torch.equal(unpack_pairs(packed, *shape), weight)
+        for b in (None, bias):
+            wide = None if b is None else b.double()
+            want = reference.linear(x.double(), weight.double(), wide)
+            assert_close(pairs.linear_pairs(x, packed, shape[0], b), want)
+
+
+def test_rows_of_pairs_do_not_depend_on_their_company_nor_on_threads(pairs: Native) -> None:
+    x, weight, bias = _make(200, 701, 257, torch.bfloat16)
+    packed = pack_pairs(weight)
+    whole = pairs.linear_pairs(x, packed, 200, bias)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for start, stop in [(0, 257), (0, 1), (9, 11), (100, 107), (121, 154), (130, 257)]:
+            part = pairs.linear_pairs(x[start:stop], packed, 200, bias)
+            assert torch.equal(part, whole[start:stop])
+
+
+def test_pairs_of_a_wrong_shape_are_refused(pairs: Native) -> None:
+    packed = pack_pairs(torch.randn(32, 16).bfloat16())
+    with pytest.raises(ValueError, match="x is"):
+        pairs.linear_pairs(torch.randn(2, 18).bfloat16(), packed, 32, None)
+    with pytest.raises(ValueError, match="x is"):
+        pairs.linear_pairs(torch.randn(2, 16), packed, 32, None)
 
 
 def test_native_rows_do_not_depend_on_their_company_nor_on_threads(
@@ -90,9 +138,15 @@ def test_a_wider_weight_is_rounded() -> None:
     assert torch.equal(ops.unpack_linear(w), weight.bfloat16())
 
 
-def test_bfloat16_goes_to_onednn_when_it_works() -> None:
-    w = ops.pack_linear(torch.randn(32, 32).bfloat16())
-    assert w.route == ("onednn" if onednn_problem(torch.bfloat16) is None else "native")
+def test_the_route_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(32, 32).bfloat16()
+    without = "onednn" if onednn_problem(torch.bfloat16) is None else "native"
+    lib = linear.native()
+    has_pairs = lib is not None and lib.has_pairs
+    for has_amx in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has_amx: has)
+        expected = "pairs" if has_pairs and not has_amx else without
+        assert ops.pack_linear(weight).route == expected
 
 
 def test_other_dtypes_stay_as_they_are() -> None:

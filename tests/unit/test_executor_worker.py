@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from fakes import FakeWorker, ManualClock, model_info
 
+from quantd.daemon.engine.process import worker_environment
 from quantd.daemon.frames import FrameSocket
 from quantd.daemon.types import (
     Chunk,
@@ -222,3 +223,9 @@ def test_a_worker_whose_daemon_died_before_it_began_does_not_begin() -> None:
         command = [sys.executable, STUCK_WORKER, "--fd", str(theirs.fileno()), "--parent", "1"]
         done = subprocess.run(command, pass_fds=[theirs.fileno()], timeout=30, check=False)
         assert done.returncode == 0
+
+
+def test_openmp_threads_of_a_worker_sleep_soon_unless_the_user_says_how_long() -> None:
+    assert worker_environment({"A": "b"}) == {"A": "b", "GOMP_SPINCOUNT": "1000"}
+    for own in ({"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}):
+        assert worker_environment(own) == own

@@ -478,7 +478,7 @@ EXPORT int NAME(paged_attention)(int num_threads, int dtype, int64_t rows, int64
     a.thread_scratch = scratch + plans;
     place_partials(&a, (float *)(scratch + plans + threads),
                    (_Atomic int32_t *)(scratch + plans + threads + parts));
-    /* Some 25 us of work: a team that waits for one late member can lose more than it saves. */
+    /* Some 25 us of work: too little to share. */
     if (work < 1 << 20) num_threads = 1;
     quantd_parallel(num_threads, tasks, attention_task, &a);
     return 0;

@@ -7,4 +7,5 @@
 #include "rowops.h"
 #include "attention.h"
 #include "grouped.h"
+#include "pairs.h"
 #include "roofline.h"

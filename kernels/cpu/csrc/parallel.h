@@ -1,4 +1,4 @@
-/* Threads: the pool of the OpenMP runtime that torch uses, so that there is one pool, not two. */
+/* Threads: a small pool whose caller never waits for a helper that has not begun. */
 #ifndef QUANTD_PARALLEL_H
 #define QUANTD_PARALLEL_H
 
@@ -9,8 +9,12 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* Runs body(context, task, slot) once for each task in [0, num_tasks), on at most num_threads
- * threads, tasks taken in order. slot in [0, num_threads) is this thread's own, for its scratch.
- * The caller's thread takes part; serial when there is one thread, one task or no runtime. */
+ * threads, tasks taken in order. slot in [0, num_threads) is this thread's own during the call, for
+ * its scratch. The caller's thread takes part, and does all of it where nobody comes to help. What
+ * the tasks wrote is visible to the caller afterwards.
+ *
+ * Any thread may call. The pool helps one caller at a time; who finds it busy, a task among them,
+ * works alone. Helpers begin with the first call that wants them and sleep when nothing is done. */
 void quantd_parallel(int num_threads, int64_t num_tasks,
                      void (*body)(void *context, int64_t task, int slot), void *context);
 
