@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # The newest release of the tested range; a torch that is already in the environment is kept.
 TORCH  ?= torch==2.13.0
 
-.PHONY: help serve stop test test-portable fuzz test-systemd check lint types imports bench clean
+.PHONY: help serve stop test test-portable test-triton fuzz test-systemd check lint types imports bench clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -58,13 +58,15 @@ $(VENV)/portable: $(VENV)/.dev $(wildcard daemon/*.py daemon/*/*.py daemon/*/*/*
 NATIVE_ONLY := tests/numerics/test_families.py::test_batched_as_alone \
 	tests/numerics/test_families.py::test_chunks \
 	tests/numerics/test_pooled.py::test_a_decoder_reads_a_prompt_in_chunks \
-	tests/kernels/test_encoder.py::test_activations \
-	tests/kernels/test_linear.py::test_bfloat16_goes_to_onednn_when_it_works
+	tests/kernels/test_encoder.py::test_activations
 
 test-portable: $(VENV)/portable  ## the tests that need no C library, without it
 	PYTHONPATH=$(abspath $(VENV)/portable) $(BIN)/python -m pytest -q -n 2 --dist loadgroup \
 		-m "not slow and not gpu" $(addprefix --deselect ,$(NATIVE_ONLY)) \
 		tests/kernels tests/numerics tests/e2e/test_answers.py
+
+test-triton: $(VENV)/.dev  ## the GPU kernels in Triton's interpreter, which needs no GPU
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/triton
 
 ROOT := $(abspath $(VENV))/debian
 test-systemd: $(VENV)/.dev  ## the units in a booted container: root, debootstrap, systemd-nspawn
@@ -81,7 +83,7 @@ types: $(VENV)/.dev .src/quantd  ## mypy, strict
 imports: $(VENV)/.dev  ## who may import whom
 	$(BIN)/lint-imports
 
-check: lint types imports test test-portable  ## everything that CI runs
+check: lint types imports test test-triton test-portable  ## everything that CI runs
 
 fuzz: $(VENV)/.dev  ## 100,000 mutated headers of GGUF and safetensors files
 	PYTHONPATH=tests $(BIN)/python tests/fuzz/fuzz_headers.py --count 100000

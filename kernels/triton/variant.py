@@ -1,0 +1,94 @@
+"""What a kernel is compiled to: the variants that are proven without a GPU, and what each may cost.
+
+A kernel's module lists the variants that the launchers use, as `VARIANTS`. `tests/kernels/
+test_triton_ahead_of_time.py` compiles every one for every architecture, with no GPU needed.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 120: 101_376}
+"""Bytes of shared memory that one block may have, by compute capability (CUDA C++ Programming
+Guide, table of technical specifications)."""
+
+_SPILLED = re.compile(r"(\d+) bytes spill stores")
+_REGISTERS = re.compile(r"Used (\d+) registers")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One kernel with its types and constants."""
+
+    name: str
+    kernel: Any
+    """A `triton.jit` function, not an autotuned one."""
+    signature: Mapping[str, str]
+    """Argument → Triton's name of its type: "*fp16", "*i32", "i64", "fp32"; without constants."""
+    constants: Mapping[str, object]
+    num_warps: int = 4
+    num_stages: int = 2
+    aligned: tuple[str, ...] = ()
+    """Pointers and integers that are multiples of 16, as the launcher's always are."""
+    instructions: Mapping[int, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Architecture → a regular expression of what the PTX must have: the tensor core's products."""
+    spill_limit: int = 0
+    """Bytes of registers that may be spilled to memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    ptx: str
+    shared: int
+    """Bytes of shared memory of a block."""
+    registers: int
+    """Of a thread."""
+    spilled: int
+    """Bytes of a thread's registers that live in memory."""
+
+
+def compile_variant(variant: Variant, architecture: int) -> Compiled:
+    """For an NVIDIA GPU of compute capability architecture / 10, here without one. Raises what
+    Triton or ptxas raises."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = variant.kernel.arg_names
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned}
+    constants = {(names.index(name),): value for name, value in variant.constants.items()}
+    types = dict.fromkeys(variant.constants, "constexpr") | dict(variant.signature)
+    source = ASTSource(variant.kernel, {n: types[n] for n in names}, constants, attributes)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    target = GPUTarget("cuda", architecture, 32)
+    built = triton.compile(source, target=target, options=options)
+    ptx: str = built.asm["ptx"]
+    registers, spilled = _assembled(ptx)
+    return Compiled(ptx, built.metadata.shared, registers, spilled)
+
+
+def _assembled(ptx: str) -> tuple[int, int]:
+    """Registers of a thread and bytes it spills, by the assembler that Triton brings."""
+    import triton
+
+    found = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
+    assert found is not None, "PTX names its target"
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    if found[1].startswith("sm_12") and tool.with_name("ptxas-blackwell").exists():
+        tool = tool.with_name("ptxas-blackwell")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.ptx")
+        path.write_text(ptx)
+        output = f"{folder}/kernel.cubin"
+        command = [str(tool), "-v", f"--gpu-name={found[1]}", str(path), "-o", output]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled, registers = _SPILLED.search(said), _REGISTERS.search(said)
+    assert spilled and registers, said
+    return int(registers[1]), int(spilled[1])

@@ -1,0 +1,33 @@
+"""Every variant of every Triton kernel compiles for every GPU that is promised, without one: within
+the shared memory there is, with no more spilled registers than it says, on tensor cores where it
+says so."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import re
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET"):
+    pytest.skip("what is interpreted cannot be compiled", allow_module_level=True)
+
+from quantd.kernels import triton as room  # noqa: E402
+from quantd.kernels.triton.variant import SHARED_LIMIT, Variant, compile_variant  # noqa: E402
+
+_NAMES = [module.name for module in pkgutil.iter_modules(room.__path__)]
+_MODULES = [importlib.import_module(f"{room.__name__}.{name}") for name in _NAMES]
+VARIANTS: list[Variant] = [v for module in _MODULES for v in getattr(module, "VARIANTS", ())]
+
+
+@pytest.mark.parametrize("architecture", SHARED_LIMIT)
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+def test_compiles(variant: Variant, architecture: int) -> None:
+    compiled = compile_variant(variant, architecture)
+    assert compiled.shared <= SHARED_LIMIT[architecture]
+    assert compiled.spilled <= variant.spill_limit
+    expected = variant.instructions.get(architecture)
+    assert expected is None or re.search(expected, compiled.ptx), f"no {expected} in the PTX"
