@@ -106,6 +106,8 @@ class FakeEngine:
         self.submitted = asyncio.Event()
         self.abort_seen = asyncio.Event()
         self.num_cached_tokens = 0
+        self.times: tuple[float, float] | None = None
+        """When each request was first in a batch, and when its first token came."""
         self._tasks: list[asyncio.Task[None]] = []
 
     def submit(self, request: Request) -> TokenStream:
@@ -128,6 +130,8 @@ class FakeEngine:
 
     async def _play(self, request: Request, stream: TokenStream, answer: Answer) -> None:
         push_prompt(request, stream)
+        if self.times is not None:
+            stream.started_at, stream.first_token_at = self.times
         for number, event in enumerate(answer.events, start=1):
             if stream.is_finished:
                 return
@@ -218,6 +222,9 @@ class FakeFleet:
     prepared: list[Grammar] = field(default_factory=list)
     grammar_error: str | None = None
     """Why the model cannot follow any."""
+    path: str = "/models/tiny"
+    keep_alive: float = -1.0
+    idle_seconds: float | None = None
 
     def __post_init__(self) -> None:
         self.open.set()
@@ -226,6 +233,12 @@ class FakeFleet:
         if model in (None, "org/tiny", "tiny"):
             return "org/tiny"
         raise ModelNotFound(f"The model {model!r} does not exist.", param="model")
+
+    def knows(self, name: str) -> bool:
+        return name in ("org/tiny", "tiny")
+
+    def keep(self, name: str, seconds: float) -> None:
+        self.calls.append(f"keep {name} {seconds:g}")
 
     async def lease(self, model: str | None) -> FakeLease:
         name = self.resolve(model)
@@ -241,7 +254,7 @@ class FakeFleet:
         return [
             ModelStatus(
                 name="org/tiny",
-                path="/models/tiny",
+                path=self.path,
                 state="ready",
                 reason=None,
                 stage="",
@@ -254,6 +267,10 @@ class FakeFleet:
                 num_leases=self.num_leases,
                 pid=1,
                 stats=stats,
+                task="auto",
+                tool_dialect="auto",
+                keep_alive=self.keep_alive,
+                idle_seconds=self.idle_seconds,
             )
         ]
 

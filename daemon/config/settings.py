@@ -107,6 +107,11 @@ class ServerSettings:
         Texts(item=_ORIGIN),
         'browser origins that may call, e.g. ["http://localhost:3000"]; ["*"]: all',
     ] = ()
+    any_model: Annotated[
+        bool,
+        Flag(),
+        "a request for a model that there is not gets the first one of the configuration",
+    ] = False
     keepalive_seconds: Annotated[
         float,
         Seconds(low=1, high=3600),

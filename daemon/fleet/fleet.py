@@ -49,6 +49,7 @@ class Fleet:
             load_text=load_text,
             clock=self._timing.clock,
         )
+        self._any_model = settings.server.any_model
         self._models: dict[str, Model] = {}
         self._aliases: dict[str, str] = {}
         self._retiring: dict[asyncio.Task[None], Model] = {}
@@ -58,20 +59,31 @@ class Fleet:
     # --- names -------------------------------------------------------------------------------
 
     def resolve(self, model: str | None) -> str:
-        """The model's own name for a name or alias. None means the only model there is.
+        """The model's own name for what a request calls it: a name or alias, or None for the only
+        model there is. With `server.any_model` all others mean the first model.
 
         Raises `ModelNotFound`.
         """
+        if model is not None and self.knows(model):
+            return self._named(model)
+        if self._models and (self._any_model or (model is None and len(self._models) == 1)):
+            return next(iter(self._models))
         if model is None:
-            if len(self._models) == 1:
-                return next(iter(self._models))
             raise ModelNotFound(f"No model is named in the request. {self._known()}", param="model")
-        name = self._aliases.get(model, model)
-        if name not in self._models:
+        return self._named(model)
+
+    def knows(self, name: str) -> bool:
+        """It is a model's name or alias."""
+        return name in self._models or name in self._aliases
+
+    def _named(self, model: str) -> str:
+        """The own name for a name or alias, whatever `server.any_model` says: for what is done to
+        a model and not with it."""
+        if not self.knows(model):
             raise ModelNotFound(
                 f"The model {model!r} does not exist. {self._known()}", param="model"
             )
-        return name
+        return self._aliases.get(model, model)
 
     def _known(self) -> str:
         return f"There are: {', '.join(self._models) or 'none'}."
@@ -97,7 +109,7 @@ class Fleet:
     def engine_of(self, name: str) -> Engine:
         """Of a model in memory, for a look or a change that waits for nothing. Raises
         `ModelNotFound`, and `Unavailable` when it is not in memory."""
-        resolved = self.resolve(name)
+        resolved = self._named(name)
         engine = self._models[resolved].engine
         if engine is None:
             raise Unavailable(f"model {resolved!r} is not in memory")
@@ -111,16 +123,21 @@ class Fleet:
             if model.settings.preload
         )
 
-    # --- for the administrator ---------------------------------------------------------------
+    # --- for the administrator, and for clients that say when a model goes -------------------
 
     async def load(self, name: str) -> None:
         """Loads a model, also one that has failed for good. Raises as `lease`."""
         self._check_open()
-        await self._models[self.resolve(name)].load()
+        await self._models[self._named(name)].load()
 
     async def unload(self, name: str) -> None:
         """Ends a model when the requests that hold it have ended. Raises `ModelNotFound`."""
-        await self._models[self.resolve(name)].unload()
+        await self._models[self._named(name)].unload()
+
+    def keep(self, name: str, seconds: float) -> None:
+        """How many seconds a model stays without a request, -1 for ever, in place of its
+        `keep_alive`: until it is unloaded or the next call. Raises `ModelNotFound`."""
+        self._models[self._named(name)].keep(seconds)
 
     # --- for the service ---------------------------------------------------------------------
 

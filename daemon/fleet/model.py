@@ -57,6 +57,14 @@ class ModelStatus(NamedTuple):
     num_leases: int
     pid: int | None
     stats: EngineStats | None
+    task: str
+    """As configured."""
+    tool_dialect: str
+    """As configured."""
+    keep_alive: float
+    """Seconds without a request until it is unloaded; -1: never."""
+    idle_seconds: float | None
+    """Since its last request; None: it has one, or is not in memory."""
 
 
 OnChange = Callable[[ModelStatus], None]
@@ -105,6 +113,9 @@ class Model:
         self._unleased = asyncio.Event()
         self._unleased.set()
         self._idle_task: asyncio.Task[None] | None = None
+        self._idle_since: float | None = None
+        self._kept: float | None = None
+        """In place of the configured keep_alive, while it is in memory."""
         self._unload_task: asyncio.Task[None] | None = None
         self._ending = False
         """The daemon is shutting down, or the model has left the configuration."""
@@ -112,6 +123,10 @@ class Model:
     @property
     def name(self) -> str:
         return self.settings.name
+
+    @property
+    def keep_alive(self) -> float:
+        return self.settings.keep_alive if self._kept is None else self._kept
 
     @property
     def state(self) -> State:
@@ -144,6 +159,12 @@ class Model:
             num_leases=self._num_leases,
             pid=None if resident is None else resident.pid,
             stats=None if resident is None else resident.engine.stats(),
+            task=self.settings.task,
+            tool_dialect=self.settings.tool_dialect,
+            keep_alive=self.keep_alive,
+            idle_seconds=None
+            if self._idle_since is None
+            else self._timing.clock() - self._idle_since,
         )
 
     # --- leases ------------------------------------------------------------------------------
@@ -209,10 +230,13 @@ class Model:
         if resized and not self._resize(settings.kv_bytes):
             return False
         self.settings = settings
-        if self._num_leases == 0:
-            self._stop_idle_timer()
-            self._start_idle_timer()
+        self._restart_idle_timer()
         return True
+
+    def keep(self, seconds: float) -> None:
+        """See `Fleet.keep`."""
+        self._kept = seconds
+        self._restart_idle_timer()
 
     def _resize(self, kv_bytes: int | None) -> bool:
         """False: only loading it again can do that."""
@@ -374,6 +398,7 @@ class Model:
         self._resident = None
         self._failure = None
         self._retry_at = None
+        self._kept = None
         self._num_failures = 0
         if self._state != "cold":
             self._enter("cold")
@@ -392,17 +417,27 @@ class Model:
     # --- keep_alive --------------------------------------------------------------------------
 
     def _start_idle_timer(self) -> None:
-        if self.settings.keep_alive >= 0 and self._resident is not None and not self._ending:
+        if self._resident is None or self._ending:
+            return
+        self._idle_since = self._timing.clock()
+        if self.keep_alive >= 0:
             self._idle_task = asyncio.create_task(self._unload_when_idle())
 
+    def _restart_idle_timer(self) -> None:
+        if self._num_leases == 0:
+            self._stop_idle_timer()
+            self._start_idle_timer()
+
     def _stop_idle_timer(self) -> None:
+        self._idle_since = None
         if self._idle_task is not None:
             self._idle_task.cancel()
             self._idle_task = None
 
     async def _unload_when_idle(self) -> None:
-        await self._timing.sleep(self.settings.keep_alive)
-        _log.info("model idle", model=self.name, keep_alive=self.settings.keep_alive)
+        keep_alive = self.keep_alive
+        await self._timing.sleep(keep_alive)
+        _log.info("model idle", model=self.name, keep_alive=keep_alive)
         self._idle_task = None  # from here on it is an unload, which a lease waits for
         await self.unload()
 

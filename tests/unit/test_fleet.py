@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from fakes import FakeExecutor, ManualClock, make_request
 
-from quantd.daemon.config import ModelSettings, Settings
+from quantd.daemon.config import ModelSettings, ServerSettings, Settings
 from quantd.daemon.engine.executor import OnProgress
 from quantd.daemon.errors import ModelNotFound, ModelRefused, QuantdError, Unavailable
 from quantd.daemon.fleet import Fleet, Lease, ModelStatus, Timing
@@ -79,14 +79,17 @@ class FakeText(str):
 
 
 class Bench:
-    def __init__(self, *models: ModelSettings) -> None:
+    def __init__(self, *models: ModelSettings, any_model: bool = False) -> None:
         self.clock = ManualClock(1000.0)
         self.sleeper = Sleeper(self.clock)
         self.workers = Workers()
         self.texts: list[Path] = []
         self.text_error: Exception | None = None
         self.changes: list[tuple[str, str]] = []
-        self.settings = Settings(models={model.name: model for model in models})
+        self.settings = Settings(
+            server=ServerSettings(any_model=any_model),
+            models={model.name: model for model in models},
+        )
         self.fleet = Fleet(
             self.settings,
             Metrics(),
@@ -128,8 +131,8 @@ def model(
 
 
 @asynccontextmanager
-async def bench(*models: ModelSettings) -> AsyncIterator[Bench]:
-    bench = Bench(*(models or (model(),)))
+async def bench(*models: ModelSettings, any_model: bool = False) -> AsyncIterator[Bench]:
+    bench = Bench(*(models or (model(),)), any_model=any_model)
     try:
         yield bench
     finally:
@@ -194,6 +197,23 @@ async def test_names_and_aliases() -> None:
             assert lease.text == "text of /models/a"  # type: ignore[comparison-overlap]
     async with bench(model("only")) as b:
         assert b.fleet.resolve(None) == "only"
+
+
+async def test_any_name_may_mean_the_first_model() -> None:
+    async with bench(model("a", aliases=("gpt",)), model("b"), any_model=True) as b:
+        names = ("a", "gpt", "b", "c", None)
+        assert [b.fleet.resolve(name) for name in names] == ["a", "a", "b", "a", "a"]
+        assert [b.fleet.knows(name) for name in ("a", "gpt", "c")] == [True, True, False]
+        async with await b.fleet.lease("c") as lease:
+            assert lease.name == "a"
+        # What is done to a model must say which one it is.
+        for done in (b.fleet.load("c"), b.fleet.unload("c")):
+            assert isinstance(await fails(done), ModelNotFound)
+        for look in (lambda: b.fleet.engine_of("c"), lambda: b.fleet.keep("c", 1.0)):
+            with pytest.raises(ModelNotFound, match="'c' does not exist"):
+                look()
+    with pytest.raises(ModelNotFound, match="There are: none"):
+        Fleet(Settings(server=ServerSettings(any_model=True)), Metrics()).resolve("c")
 
 
 # --- loading -------------------------------------------------------------------------------------
@@ -382,6 +402,25 @@ async def test_keep_alive_of_zero_serves_and_leaves() -> None:
     async with bench(model(keep_alive=0.0)) as b:
         assert (await b.generate()).finish_reason == "length"
         await b.sleeper.advance(0)
+        assert b.status().state == "cold"
+
+
+async def test_who_uses_a_model_may_say_how_long_it_stays() -> None:
+    async with bench(model(keep_alive=60.0)) as b:
+        async with await b.fleet.lease("a"):
+            b.fleet.keep("a", 100.0)
+            assert (b.status().keep_alive, b.status().idle_seconds) == (100.0, None)
+        await b.sleeper.advance(99)
+        assert (b.status().state, b.status().idle_seconds) == ("ready", 99.0)
+        b.fleet.keep("a", -1.0)
+        await b.sleeper.advance(100_000)
+        assert (b.status().state, b.status().keep_alive) == ("ready", -1.0)
+        b.fleet.keep("a", 0.0)
+        await b.sleeper.advance(0)
+        assert (b.status().state, b.status().idle_seconds) == ("cold", None)
+        assert b.status().keep_alive == 60.0
+        await b.generate()
+        await b.sleeper.advance(60)
         assert b.status().state == "cold"
 
 
