@@ -17,6 +17,7 @@ QuantdError
 │   ├── ModelRefused            the checkpoint is not understood; no retry     503
 │   └── StoreUnavailable        the state folder cannot be used                503
 ├── StorageFull                 no room on the disk, or within the limit       507
+├── NotServed                   a part of an API that is not served here       501
 └── InternalError               our bug                                        500
 
 `str(error)` is the message shown to the user. `param` names the request's field, in the
@@ -148,6 +149,13 @@ class StorageFull(QuantdError):
     status = 507
     type = "server_error"
     code = "storage_full"
+
+
+class NotServed(QuantdError):
+    """The URL is one of an API that is served, but what it does is not done here."""
+
+    status = 501
+    code = "not_served"
 
 
 class InternalError(QuantdError):

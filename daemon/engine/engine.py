@@ -312,7 +312,8 @@ class Engine:
 
     def _measure_tokens(self, active: _Active, now: float) -> None:
         if active.last_token_at is None:
-            sequence = active.sequence
+            sequence, stream = active.sequence, active.stream
+            stream.started_at, stream.first_token_at = sequence.started_at, now
             self._metrics.observe_queue(sequence.queue_seconds or 0.0)
             self._metrics.observe_ttft(now - sequence.request.arrival)
             self._num_prompt_tokens += sequence.num_prompt_tokens

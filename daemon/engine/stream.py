@@ -32,6 +32,8 @@ class TokenStream:
         "_complete",
         "_exhausted",
         "num_cached_tokens",
+        "started_at",
+        "first_token_at",
         "vector",
     )
 
@@ -48,6 +50,10 @@ class TokenStream:
         self._exhausted = False
         self.num_cached_tokens = 0
         """Goes out with every event; the engine sets it."""
+        self.started_at: float | None = None
+        """When it was first in a batch. This and the next: seconds of the engine's clock; the
+        engine sets them with the first token."""
+        self.first_token_at: float | None = None
         self.vector: bytes | None = None
         """See `Sampled.vector`; the engine sets it, before `finish`."""
 

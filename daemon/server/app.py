@@ -94,6 +94,7 @@ def _later(module: str, name: str) -> Handler:
 
 
 _CONVERSATIONS = "responses.conversations"
+_OLLAMA_MODELS = "ollama.models"
 _ROUTES = [
     web.get("/v1/models", models.list_models),
     web.get("/v1/models/{model:.+}", models.get_model),
@@ -128,6 +129,22 @@ _ROUTES = [
     web.post("/v1/rerank", _later("rerank", "rerank")),
     web.post("/v2/rerank", _later("rerank", "rerank")),
     web.post("/rerank", _later("rerank", "rerank")),
+    web.get("/", _later(_OLLAMA_MODELS, "home")),
+    web.get("/api/version", _later(_OLLAMA_MODELS, "version")),
+    web.get("/api/tags", _later(_OLLAMA_MODELS, "tags")),
+    web.get("/api/ps", _later(_OLLAMA_MODELS, "ps")),
+    web.post("/api/show", _later(_OLLAMA_MODELS, "show")),
+    web.post("/api/chat", _later("ollama.routes", "chat")),
+    web.post("/api/generate", _later("ollama.routes", "generate")),
+    web.post("/api/embed", _later("ollama.embed", "embed")),
+    web.post("/api/embeddings", _later("ollama.embed", "embeddings")),
+    web.post("/api/pull", _later("ollama.routes", "refuse")),
+    web.post("/api/push", _later("ollama.routes", "refuse")),
+    web.post("/api/create", _later("ollama.routes", "refuse")),
+    web.post("/api/copy", _later("ollama.routes", "refuse")),
+    web.delete("/api/delete", _later("ollama.routes", "refuse")),
+    web.head("/api/blobs/{digest}", _later("ollama.routes", "refuse")),
+    web.post("/api/blobs/{digest}", _later("ollama.routes", "refuse")),
     web.post("/tokenize", tokens.tokenize),
     web.post("/detokenize", tokens.detokenize),
     web.get("/health", system.health),

@@ -92,6 +92,15 @@ class Choice:
         self._num_chars = 0
         """Of text given out."""
 
+    @property
+    def started_at(self) -> float | None:
+        """See `TokenStream`; None before the first token."""
+        return self._stream.started_at
+
+    @property
+    def first_token_at(self) -> float | None:
+        return self._stream.first_token_at
+
     def abort(self) -> None:
         """Its sequence is gone before the next step; no effect after the end."""
         self._stream.abort()

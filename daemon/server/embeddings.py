@@ -7,7 +7,7 @@ import math
 import struct
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 from aiohttp import web
@@ -32,6 +32,7 @@ from quantd.daemon.server.schemas import EmbeddingBody
 from quantd.daemon.types import Pooling
 
 if TYPE_CHECKING:
+    from quantd.daemon.fleet import Lease
     from quantd.daemon.text import TextModel
 
 _DECODER = msgspec.json.Decoder(EmbeddingBody)
@@ -64,29 +65,53 @@ async def answer(raw: bytes, asker: Asker) -> EmbeddingReply:
 
 async def embed(asker: Asker, body: EmbeddingBody) -> EmbeddingReply:
     """Raises what the route answers with."""
+    wanted = check(body)
+    async with await asker.fleet.lease(body.model) as lease:
+        made, num_tokens = await embed_by(lease, asker, wanted)
+    encoding = body.encoding_format or "float"
+    return EmbeddingReply(
+        model=lease.name,
+        data=[EmbeddingObject(i, _written(vector, encoding)) for i, vector in enumerate(made)],
+        usage=PooledUsage(num_tokens, num_tokens),
+    )
+
+
+class Wanted(NamedTuple):
+    """A checked body."""
+
+    body: EmbeddingBody
+    options: Options
+    texts: list[str | list[int]]
+    dimensions: int | None
+
+
+def check(body: EmbeddingBody) -> Wanted:
+    """Raises RequestError; needs no model."""
     options, texts = read_options(body), _read_input(body.input)
     encoding = body.encoding_format or "float"
     if encoding not in _FORMATS:
         raise out_of_range("encoding_format", encoding, "float or base64")
-    wanted = None if body.dimensions is None else integer("dimensions", body.dimensions, 0, 1)
-    async with await asker.fleet.lease(body.model) as lease:
-        pooling = check_task(lease, "embed")
-        size = pooling.size if wanted is None else _check_dimensions(wanted, pooling)
-        num_chars = sum(len(text) for text in texts if isinstance(text, str))
-        special = body.add_special_tokens is not False
-        encode = partial(_encode, lease.text, texts, options, special)
-        prompts = await encoded("input", num_chars, encode)
-        for index, ids in enumerate(prompts):
-            check_text(_name(index, body.input), ids, lease)
-        pieces = [Text(ids) for ids in prompts]
-        found = await vectors(asker, lease, "input", pieces, options)
-    num_tokens = sum(map(len, prompts))
-    cut = [_cut(vector, size, pooling) for vector in found]
-    return EmbeddingReply(
-        model=lease.name,
-        data=[EmbeddingObject(i, _written(vector, encoding)) for i, vector in enumerate(cut)],
-        usage=PooledUsage(num_tokens, num_tokens),
-    )
+    size = None if body.dimensions is None else integer("dimensions", body.dimensions, 0, 1)
+    return Wanted(body, options, texts, size)
+
+
+async def embed_by(lease: Lease, asker: Asker, wanted: Wanted) -> tuple[list[bytes], int]:
+    """A vector of little-endian float32 for each text, in order, and how many tokens they have. For
+    who holds the model; raises as `embed`."""
+    body, texts = wanted.body, wanted.texts
+    pooling = check_task(lease, "embed")
+    size = pooling.size
+    if wanted.dimensions is not None:
+        size = _check_dimensions(wanted.dimensions, pooling)
+    num_chars = sum(len(text) for text in texts if isinstance(text, str))
+    special = body.add_special_tokens is not False
+    encode = partial(_encode, lease.text, texts, wanted.options, special)
+    prompts = await encoded("input", num_chars, encode)
+    for index, ids in enumerate(prompts):
+        check_text(_name(index, body.input), ids, lease)
+    pieces = [Text(ids) for ids in prompts]
+    found = await vectors(asker, lease, "input", pieces, wanted.options)
+    return [_cut(vector, size, pooling) for vector in found], sum(map(len, prompts))
 
 
 def _read_input(given: str | list[str | int | list[int]] | None) -> list[str | list[int]]:
@@ -170,4 +195,8 @@ def _cut(vector: bytes, size: int, pooling: Pooling) -> bytes:
 def _written(vector: bytes, encoding: str) -> Sequence[float] | str:
     if encoding == "base64":
         return base64.b64encode(vector).decode("ascii")
+    return numbers(vector)
+
+
+def numbers(vector: bytes) -> Sequence[float]:
     return struct.unpack(f"<{len(vector) // 4}f", vector)

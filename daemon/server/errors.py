@@ -28,6 +28,7 @@ from quantd.daemon.errors import (
 )
 from quantd.daemon.server.anthropic import errors as anthropic
 from quantd.daemon.server.context import REQUEST_ID
+from quantd.daemon.server.ollama import errors as ollama
 
 DEFAULT_RETRY_AFTER = 5.0
 """Seconds, for a 503 that does not know better."""
@@ -75,6 +76,8 @@ def error_response(error: QuantdError, path: str = "", request_id: str = "") -> 
 def _body_for(path: str, error: QuantdError, request_id: str) -> bytes:
     if anthropic.is_below(path):
         return anthropic.encode_error(error, request_id)
+    if ollama.is_below(path):
+        return ollama.encode_error(error)
     return encode_error(error)
 
 

@@ -162,36 +162,51 @@ async def generation(
 ) -> AsyncIterator[Generation]:
     """Waits for the model, encodes, submits; gives the model back at the end, and what still runs
     is aborted whatever the reason: a client that left, a stop string, an error."""
-    clock = asker.clock
-    came = clock.monotonic()
+    came = asker.clock.monotonic()
     for given in options.grammars():
         await asker.context.check_grammar(given)
     deadline = None if options.timeout is None else came + options.timeout
     async with await _lease(asker.fleet, model, options.timeout) as lease:
-        refuse_pooled(lease)
-        arrival = clock.monotonic()
-        vocab_size = lease.info.vocab_size
-        prompts = [_checked(p, options, vocab_size, api) for p in await encode(lease.text)]
-        id = api.id_prefix + (options.request_id or uuid.uuid4().hex)
-        made = Generation(
-            id=id,
-            created=int(clock.wall()),
-            model=lease.name,
-            text=lease.text,
-            options=options,
-            prompts=prompts,
-            submitter=Submitter(lease, options, api.takes_parts, id, arrival, deadline, asker),
-            choices=[],
-        )
-        try:
-            try:
-                await _submit(made)
-            except RequestError as error:
-                error.param = api.fields.get(error.param or "", error.param)
-                raise
+        async with generation_by(lease, asker, options, api, encode, deadline) as made:
             yield made
-        finally:
-            made.abort()
+
+
+@asynccontextmanager
+async def generation_by(
+    lease: Lease,
+    asker: Asker,
+    options: Options,
+    api: Api,
+    encode: EncodePrompts,
+    deadline: float | None = None,
+) -> AsyncIterator[Generation]:
+    """As `generation`, for who holds the model already and has checked the grammars. A second lease
+    beside the first would wait for an unload that waits for the first."""
+    refuse_pooled(lease)
+    clock = asker.clock
+    arrival = clock.monotonic()
+    vocab_size = lease.info.vocab_size
+    prompts = [_checked(p, options, vocab_size, api) for p in await encode(lease.text)]
+    id = api.id_prefix + (options.request_id or uuid.uuid4().hex)
+    made = Generation(
+        id=id,
+        created=int(clock.wall()),
+        model=lease.name,
+        text=lease.text,
+        options=options,
+        prompts=prompts,
+        submitter=Submitter(lease, options, api.takes_parts, id, arrival, deadline, asker),
+        choices=[],
+    )
+    try:
+        try:
+            await _submit(made)
+        except RequestError as error:
+            error.param = api.fields.get(error.param or "", error.param)
+            raise
+        yield made
+    finally:
+        made.abort()
 
 
 def _checked(prompt: Prompt, options: Options, vocab_size: int, api: Api) -> Prompt:

@@ -1,11 +1,13 @@
-"""Server-sent events: one response, its keep-alive comments and its back-pressure."""
+"""One streamed response, of server-sent events or of lines of JSON: its keep-alive comments and its
+back-pressure.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from aiohttp import web
 
@@ -16,8 +18,19 @@ if TYPE_CHECKING:
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
+
+
+class Form(NamedTuple):
+    """What a stream consists of."""
+
+    content_type: str
+    keep_alive: bytes
+    """What says nothing; empty: the form has no such thing, and a silent stream stays silent."""
+
+
+SSE = Form("text/event-stream; charset=utf-8", KEEP_ALIVE)
+NDJSON = Form("application/x-ndjson", b"")
 _HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",  # nginx would hold the events back to fill its buffer
 }
@@ -32,18 +45,22 @@ class EventStream:
     """The response of one streaming request; an async context manager around its making.
 
     The status line goes out with the first bytes, so that an error before them is still an HTTP
-    status. Whenever nothing was sent for `interval` seconds, a comment is: proxies and clients
-    give up on a silent connection, and loading a model or a long prompt takes minutes.
+    status. Whenever nothing was sent for `interval` seconds, a comment is, if the form has any:
+    proxies and clients give up on a silent connection, and loading a model or a long prompt takes
+    minutes.
 
     `write` returns when the transport's buffer is below its bound. That is the back-pressure: who
     writes does not read its TokenStream meanwhile, which merges what comes.
     """
 
-    def __init__(self, request: web.Request, clock: Clock, interval: float) -> None:
+    def __init__(
+        self, request: web.Request, clock: Clock, interval: float, form: Form = SSE
+    ) -> None:
         self._request = request
         self._clock = clock
         self._interval = interval
-        self._response = web.StreamResponse(headers=_HEADERS)
+        self._keep_alive = form.keep_alive
+        self._response = web.StreamResponse(headers={"Content-Type": form.content_type, **_HEADERS})
         self._writer: AbstractStreamWriter | None = None
         self._last_write = clock.monotonic()
         self._heartbeat: asyncio.Task[None] | None = None
@@ -54,7 +71,8 @@ class EventStream:
         return self._writer is not None
 
     async def __aenter__(self) -> Self:
-        self._heartbeat = asyncio.create_task(self._beat())
+        if self._keep_alive:
+            self._heartbeat = asyncio.create_task(self._beat())
         return self
 
     async def __aexit__(
@@ -95,4 +113,4 @@ class EventStream:
                 if silent < self._interval:
                     await self._clock.sleep(self._interval - silent)
                 else:
-                    await self.write(KEEP_ALIVE)
+                    await self.write(self._keep_alive)

@@ -19,7 +19,7 @@ from quantd.daemon.server.errors import encode_error
 from quantd.daemon.server.generate import Generation
 from quantd.daemon.server.middleware import has_left, unexpected
 from quantd.daemon.server.sampling import Options
-from quantd.daemon.server.sse import DONE, EventStream, event
+from quantd.daemon.server.sse import DONE, SSE, EventStream, Form, event
 
 if TYPE_CHECKING:
     from quantd.daemon.server.choice import Delta
@@ -44,12 +44,13 @@ async def stream_generation(
     running: AbstractAsyncContextManager[Generation],
     chunks_of: Callable[[Generation], Chunks],
     failed: Callable[[QuantdError], bytes] = _failed,
+    form: Form = SSE,
 ) -> web.StreamResponse:
     """Before the first byte an error is raised and becomes a status; after it, an event, which
     `failed` writes."""
     context = request.app[CONTEXT]
     seconds = context.settings.keepalive_seconds
-    async with EventStream(request, context.clock, seconds) as events:
+    async with EventStream(request, context.clock, seconds, form) as events:
         try:
             async with running as made, aclosing(made.deltas()) as deltas:
                 chunks, num_running = chunks_of(made), len(made.choices)

@@ -95,6 +95,11 @@ class AnswerFormat(NamedTuple):
         return content
 
     @property
+    def reasons(self) -> bool:
+        """Answers may have reasoning apart from their content."""
+        return self.marks is not None or self._has_channels
+
+    @property
     def _has_channels(self) -> bool:
         """The answer has to be parsed also without tools."""
         return isinstance(self.dialect, Harmony)

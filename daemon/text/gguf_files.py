@@ -50,12 +50,12 @@ def text_files(metadata: Mapping[str, object], tokenizer: TokenizerMetadata) -> 
         bos_token_id=ids.get("bos_token"),
         add_bos_token=adds_bos(tokenizer),
         add_eos_token=bool(tokenizer.add_eos),
-        chat_templates=_chat_templates(metadata),
+        chat_templates=chat_templates(metadata),
         max_context=_max_context(metadata, tokenizer.architecture),
     )
 
 
-def _chat_templates(metadata: Mapping[str, object]) -> dict[str, str]:
+def chat_templates(metadata: Mapping[str, object]) -> dict[str, str]:
     """tokenizer.chat_template is the usual one, tokenizer.chat_template.NAME are further ones."""
     templates: dict[str, str] = {}
     for key, value in metadata.items():

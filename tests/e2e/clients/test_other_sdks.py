@@ -52,7 +52,8 @@ def test_former_openai(environment: dict[str, str]) -> None:
 @pytest.mark.skipif(
     not (JS / "node_modules").is_dir(), reason=f"no {JS}/node_modules; `make test` makes it"
 )
-def test_javascript(environment: dict[str, str]) -> None:
-    command = ["node", "--test", "--test-reporter=tap", "openai.test.mjs"]
+@pytest.mark.parametrize("suite", ["openai", "ollama"])
+def test_javascript(environment: dict[str, str], suite: str) -> None:
+    command = ["node", "--test", "--test-reporter=tap", f"{suite}.test.mjs"]
     output = run(command, environment, JS)
     assert re.search(r"^# pass [1-9]", output, re.MULTILINE), output
