@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 from fakes import ManualClock
+from gguf_bytes import ARRAY, STRING, U32, Gguf, pair, string, strings, tensor, u32
 from server_fakes import (
     Answer,
     FakeFleet,
@@ -650,6 +651,32 @@ def _folder(path: Path, **fields: Any) -> None:
     (path / "model.safetensors").write_bytes(b"x" * 100)
 
 
+def test_facts_of_a_gguf_file(tmp_path: Path) -> None:
+    pairs = [
+        pair("general.architecture", STRING, string("llama")),
+        pair("general.file_type", U32, u32(15)),
+        pair("llama.context_length", U32, u32(2048)),
+        pair("tokenizer.chat_template", STRING, string("{{ messages }}<tool_call>arguments")),
+        pair("tokenizer.ggml.tokens", ARRAY, strings(["a", "b"])),
+    ]
+    path = tmp_path / "model.gguf"
+    tensors = [tensor("a", (8, 4)), tensor("b", (8,), offset=128)]
+    path.write_bytes(Gguf(pairs=pairs, tensors=tensors, data=b"x" * 256).encode())
+    for where in (path, tmp_path):
+        facts = facts_of(where)
+        assert (facts.format, facts.family, facts.size) == ("gguf", "llama", path.stat().st_size)
+        assert facts.info == {
+            "general.architecture": "llama",
+            "general.parameter_count": 40,
+            "general.file_type": 15,
+            "llama.context_length": 2048,
+        }
+        assert facts.templates == {"default": "{{ messages }}<tool_call>arguments"}
+        assert facts.level == "F32"
+    path.write_bytes(b"GGUF")
+    assert facts_of(path).format == ""
+
+
 def test_facts_follow_the_files(tmp_path: Path) -> None:
     _folder(tmp_path)
     before = facts_of(tmp_path)
@@ -657,8 +684,11 @@ def test_facts_follow_the_files(tmp_path: Path) -> None:
     _folder(tmp_path, model_type="llama", architectures=["BertForSequenceClassification"])
     after = facts_of(tmp_path)
     assert (after.family, after.task) == ("llama", "rerank") and after.digest != before.digest
-    (tmp_path / "config.json").write_text("{")
-    assert facts_of(tmp_path).format == "" and facts_of(tmp_path / "gone").size == 0
+    for broken in ("{", "[]", '{"text_config": 1}', '{"architectures": 3}'):
+        (tmp_path / "config.json").write_text(broken)
+        facts = facts_of(tmp_path)
+        assert (facts.format, facts.info, len(facts.digest)) == ("", {}, 64)
+    assert facts_of(tmp_path / "gone").size == 0 and len(facts_of(tmp_path / "gone").digest) == 64
 
 
 # --- embeddings ----------------------------------------------------------------------------------

@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from quantd.daemon.errors import ModelRefused
 from quantd.daemon.gguf.place import find_gguf
-from quantd.daemon.gguf.reader import GgufError, open_gguf
+from quantd.daemon.gguf.reader import open_gguf
 from quantd.daemon.server.schemas import Json
 from quantd.daemon.text.checkpoint import read_text_files
 from quantd.daemon.text.gguf_files import chat_templates
@@ -27,7 +29,7 @@ _KEYS = {
     "vocab_size": "vocab_size",
 }
 """GGUF's name for a number → that of config.json."""
-_MODEL_TYPES = 64
+_CACHED = 64
 
 Signature = tuple[tuple[str, int, int], ...]
 
@@ -44,22 +46,26 @@ class Facts(NamedTuple):
     templates: Mapping[str, str] = {}
     task: str = "generate"
     """generate | embed | rerank, unless the configuration says otherwise."""
+    level: str = ""
+    """The type of most matrices, as GGUF has it ("Q4_K"); not said of other formats."""
     size: int = 0
     """Bytes of its files."""
     digest: str = ""
-    """Of the files' names, sizes and times: to read 30 GB for the weights' own takes too long."""
+    """Of the place, and the files' names, sizes and times: to read 30 GB for the weights' own takes
+    too long."""
     modified: float = 0.0
     """When the newest of them was written, in seconds since the epoch."""
 
 
 def facts_of(path: Path) -> Facts:
-    """Blocking; raises nothing."""
+    """Blocking; raises nothing, whatever somebody has written there."""
+    signature: Signature = ()
     try:
         signature = _signature(path)
         read = _read(path, signature)
-    except (OSError, ValueError, GgufError, ModelRefused):
-        return Facts()
-    text = json.dumps(signature)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ModelRefused):
+        read = Facts()
+    text = json.dumps([str(path), signature])
     return read._replace(
         size=sum(size for _, size, _ in signature),
         digest=hashlib.sha256(text.encode()).hexdigest(),
@@ -76,7 +82,7 @@ def _signature(path: Path) -> Signature:
     return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
-@functools.lru_cache(_MODEL_TYPES)
+@functools.lru_cache(_CACHED)
 def _read(path: Path, signature: Signature) -> Facts:
     """Once for each state of the files: the header of a GGUF file takes a tenth of a second."""
     gguf = find_gguf(path)
@@ -84,7 +90,8 @@ def _read(path: Path, signature: Signature) -> Facts:
 
 
 def _of_gguf(path: Path) -> Facts:
-    metadata = open_gguf(path).metadata
+    model = open_gguf(path)
+    metadata = model.metadata
     family = str(metadata.get("general.architecture", ""))
     prefixes = ("general.", f"{family}.")
     info = {
@@ -92,12 +99,16 @@ def _of_gguf(path: Path) -> Facts:
         for key, value in metadata.items()
         if key.startswith(prefixes) and isinstance(value, str | int | float)
     }
-    return Facts("gguf", family, info, chat_templates(metadata))
+    count = sum(math.prod(tensor.dims) for tensor in model.tensors.values())
+    matrices = Counter(t.type_name for t in model.tensors.values() if len(t.dims) > 1)
+    level = max(matrices, key=lambda name: matrices[name], default="")
+    info = {"general.parameter_count": count, **info}
+    return Facts("gguf", family, info, chat_templates(metadata), level=level)
 
 
 def _of_folder(path: Path) -> Facts:
     config = json.loads((path / "config.json").read_bytes())
-    inner = config.get("text_config") or config
+    inner = config.get("text_config", config)
     family = str(config.get("model_type", ""))
     info: dict[str, Json] = {"general.architecture": family}
     for key, name in _KEYS.items():

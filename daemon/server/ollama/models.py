@@ -107,14 +107,16 @@ def _named(name: str) -> dict[str, Json]:
 
 def _details(status: ModelStatus, facts: Facts) -> dict[str, Json]:
     info = status.info
+    count = facts.info.get("general.parameter_count") if info is None else info.num_parameters
+    level = "" if info is None else _level(info.quantizers, info.dtype)
     return {
         "parent_model": "",
         "format": facts.format,
         "family": facts.family,
         "families": [facts.family] if facts.family else [],
-        # These two are known of a model in memory only.
-        "parameter_size": "" if info is None else _short(info.num_parameters),
-        "quantization_level": "" if info is None else _level(info.quantizers, info.dtype),
+        # Of folders these two are known of a model in memory only.
+        "parameter_size": "" if count is None else _short(count),
+        "quantization_level": facts.level or level,
     }
 
 
