@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 from fakes import ManualClock
 from gguf_bytes import ARRAY, STRING, U32, Gguf, pair, string, strings, tensor, u32
+from hypothesis import given
+from hypothesis import strategies as st
 from server_fakes import (
     Answer,
     FakeFleet,
@@ -25,9 +29,14 @@ from server_fakes import (
 
 from quantd.daemon.errors import QueueFull
 from quantd.daemon.server.auth import ApiKeys
+from quantd.daemon.server.choice import Delta
 from quantd.daemon.server.context import Clock
+from quantd.daemon.server.ollama.events import AnswerLines, chat_shape
 from quantd.daemon.server.ollama.facts import facts_of
 from quantd.daemon.server.ollama.options import keep_alive_seconds
+from quantd.daemon.server.ollama.run import Watch
+from quantd.daemon.text.answer import CallArguments, CallStart, Content, Part, Reasoning
+from quantd.daemon.text.answer import whole as whole_parts
 from quantd.daemon.types import Pooling
 
 TEMPLATE = (
@@ -294,6 +303,47 @@ async def test_formats(served: Served) -> None:
         assert served.engine.requests[-1].sampling.grammar is None
 
 
+_PARTS = st.one_of(
+    st.text("ab", min_size=1).map(Content),
+    st.text("ab", min_size=1).map(Reasoning),
+    st.tuples(st.text("xy", min_size=1), st.dictionaries(st.text("kl"), st.integers())),
+)
+
+
+@given(st.lists(_PARTS, max_size=8), st.data())
+def test_lines_say_what_the_whole_answer_says(said: list[Any], data: st.DataObject) -> None:
+    """However the text comes in pieces, and the pieces in deltas."""
+    parts: list[Part] = []
+    for part in said:
+        if isinstance(part, Content | Reasoning):
+            parts += [type(part)(letter) for letter in part.text]
+            continue
+        name, arguments = part
+        number = sum(isinstance(one, CallStart) for one in parts)
+        parts.append(CallStart(number, f"c{number}", name))
+        parts += [CallArguments(number, letter) for letter in json.dumps(arguments)]
+    cuts = [0, *sorted(data.draw(st.lists(st.integers(0, len(parts))))), len(parts)]
+    deltas = [Delta(0, parts=parts[a:b]) for a, b in itertools.pairwise(cuts)]
+    deltas[-1].finish_reason = "stop"
+    made: Any = SimpleNamespace(
+        model="m",
+        submitter=SimpleNamespace(takes_parts=True),
+        options=SimpleNamespace(base=SimpleNamespace(logprobs=None)),
+        text=None,
+    )
+    lines = AnswerLines(chat_shape, Watch(Clock()), Clock(wall=lambda: WALL), made)
+    text = b"".join(map(lines.encode, deltas)).decode()
+    messages = [json.loads(line)["message"] for line in text.splitlines()]
+    answer = whole_parts(parts)
+    assert "".join(message["content"] for message in messages) == answer.content
+    assert "".join(message.get("thinking", "") for message in messages) == answer.reasoning
+    calls = [call for message in messages for call in message.get("tool_calls", ())]
+    assert [call["function"] for call in calls] == [
+        {"index": i, "name": call.name, "arguments": json.loads(call.arguments)}
+        for i, call in enumerate(answer.calls)
+    ]
+
+
 # --- options -------------------------------------------------------------------------------------
 
 
@@ -440,6 +490,8 @@ async def test_an_error_before_and_after_the_first_line(served: Served) -> None:
     served.engine.submitted.clear()
     posting = asyncio.create_task(served.session.post("/api/chat", json=ASK))
     await served.engine.submitted.wait()
+    # A second lease beside it could wait for an unload that waits for the first.
+    assert served.fleet.num_leases == 1
     push(served.engine.requests[-1], served.engine.streams[-1], b"o")
     async with await posting as response:
         first = json.loads(await response.content.readline())
