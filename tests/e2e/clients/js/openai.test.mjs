@@ -109,6 +109,7 @@ for (const way of ["tcp", "unix"]) {
     });
 
     test("chat and its stream agree", async () => {
+      await create(CHAT); // from here on the prompt is cached
       const whole = await create(CHAT);
       assert(whole._request_id);
       const chunks = await read(
