@@ -195,6 +195,9 @@ class FakeLease:
     async def __aexit__(self, *error: object) -> None:
         self.fleet.num_leases -= 1
 
+    def keep(self, seconds: float) -> None:
+        self.fleet.calls.append(f"keep {self.name} {seconds:g}")
+
     async def prepare(self, grammar: Grammar) -> None:
         self.fleet.prepared.append(grammar)
         if self.fleet.grammar_error is not None:
@@ -236,9 +239,6 @@ class FakeFleet:
 
     def knows(self, name: str) -> bool:
         return name in ("org/tiny", "tiny")
-
-    def keep(self, name: str, seconds: float) -> None:
-        self.calls.append(f"keep {name} {seconds:g}")
 
     async def lease(self, model: str | None) -> FakeLease:
         name = self.resolve(model)

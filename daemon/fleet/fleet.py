@@ -134,11 +134,6 @@ class Fleet:
         """Ends a model when the requests that hold it have ended. Raises `ModelNotFound`."""
         await self._models[self._named(name)].unload()
 
-    def keep(self, name: str, seconds: float) -> None:
-        """How many seconds a model stays without a request, -1 for ever, in place of its
-        `keep_alive`: until it is unloaded or the next call. Raises `ModelNotFound`."""
-        self._models[self._named(name)].keep(seconds)
-
     # --- for the service ---------------------------------------------------------------------
 
     def preload(self) -> None:

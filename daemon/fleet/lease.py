@@ -18,13 +18,20 @@ class Lease:
     end with an error, and a new lease waits for the model to be loaded again.
     """
 
-    __slots__ = ("name", "_resident", "_release")
+    __slots__ = ("name", "_resident", "_release", "_keep")
 
-    def __init__(self, name: str, resident: Resident, release: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        resident: Resident,
+        release: Callable[[], None],
+        keep: Callable[[float], None],
+    ) -> None:
         self.name = name
         """The model's own name, also when an alias was asked for."""
         self._resident = resident
         self._release: Callable[[], None] | None = release
+        self._keep = keep
 
     @property
     def info(self) -> ModelInfo:
@@ -42,6 +49,11 @@ class Lease:
         """To be awaited before a request with this grammar is submitted: nobody else's step waits
         for its compiler then. Raises RequestError for one that this model cannot follow."""
         await self._resident.prepare(grammar)
+
+    def keep(self, seconds: float) -> None:
+        """How long the model stays without a request, -1 for ever, in place of its `keep_alive`:
+        until it is unloaded or this is called again, by anyone."""
+        self._keep(seconds)
 
     def release(self) -> None:
         """Gives it back; idempotent."""

@@ -182,7 +182,7 @@ class Model:
         except BaseException:
             self._release()
             raise
-        return Lease(self.name, resident, self._release)
+        return Lease(self.name, resident, self._release, self._keep)
 
     async def _wake(self) -> Resident:
         while self._resident is None or self._resident.engine.has_ended:
@@ -208,6 +208,10 @@ class Model:
         retry_after = None if wait is None else max(wait, 1.0)
         raise type(self._failure)(f"{self._failure} ({hint})", retry_after=retry_after)
 
+    def _keep(self, seconds: float) -> None:
+        """See `Lease.keep`; the timer begins when the last lease ends."""
+        self._kept = seconds
+
     def _release(self) -> None:
         self._num_leases -= 1
         if self._num_leases == 0:
@@ -230,13 +234,10 @@ class Model:
         if resized and not self._resize(settings.kv_bytes):
             return False
         self.settings = settings
-        self._restart_idle_timer()
+        if self._num_leases == 0:
+            self._stop_idle_timer()
+            self._start_idle_timer()
         return True
-
-    def keep(self, seconds: float) -> None:
-        """See `Fleet.keep`."""
-        self._kept = seconds
-        self._restart_idle_timer()
 
     def _resize(self, kv_bytes: int | None) -> bool:
         """False: only loading it again can do that."""
@@ -422,11 +423,6 @@ class Model:
         self._idle_since = self._timing.clock()
         if self.keep_alive >= 0:
             self._idle_task = asyncio.create_task(self._unload_when_idle())
-
-    def _restart_idle_timer(self) -> None:
-        if self._num_leases == 0:
-            self._stop_idle_timer()
-            self._start_idle_timer()
 
     def _stop_idle_timer(self) -> None:
         self._idle_since = None

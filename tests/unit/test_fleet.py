@@ -209,9 +209,8 @@ async def test_any_name_may_mean_the_first_model() -> None:
         # What is done to a model must say which one it is.
         for done in (b.fleet.load("c"), b.fleet.unload("c")):
             assert isinstance(await fails(done), ModelNotFound)
-        for look in (lambda: b.fleet.engine_of("c"), lambda: b.fleet.keep("c", 1.0)):
-            with pytest.raises(ModelNotFound, match="'c' does not exist"):
-                look()
+        with pytest.raises(ModelNotFound, match="'c' does not exist"):
+            b.fleet.engine_of("c")
     with pytest.raises(ModelNotFound, match="There are: none"):
         Fleet(Settings(server=ServerSettings(any_model=True)), Metrics()).resolve("c")
 
@@ -407,15 +406,17 @@ async def test_keep_alive_of_zero_serves_and_leaves() -> None:
 
 async def test_who_uses_a_model_may_say_how_long_it_stays() -> None:
     async with bench(model(keep_alive=60.0)) as b:
-        async with await b.fleet.lease("a"):
-            b.fleet.keep("a", 100.0)
+        async with await b.fleet.lease("a") as lease:
+            lease.keep(100.0)
             assert (b.status().keep_alive, b.status().idle_seconds) == (100.0, None)
         await b.sleeper.advance(99)
         assert (b.status().state, b.status().idle_seconds) == ("ready", 99.0)
-        b.fleet.keep("a", -1.0)
+        async with await b.fleet.lease("a") as lease:
+            lease.keep(-1.0)
         await b.sleeper.advance(100_000)
         assert (b.status().state, b.status().keep_alive) == ("ready", -1.0)
-        b.fleet.keep("a", 0.0)
+        async with await b.fleet.lease("a") as lease:
+            lease.keep(0.0)
         await b.sleeper.advance(0)
         assert (b.status().state, b.status().idle_seconds) == ("cold", None)
         assert b.status().keep_alive == 60.0

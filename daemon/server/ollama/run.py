@@ -76,12 +76,12 @@ def _nanoseconds(seconds: float) -> int:
 async def leased(asker: Asker, sent: ModelRequest, watch: Watch) -> AsyncIterator[Lease]:
     """The model that a body names, kept as long as it says. Raises RequestError for what the model
     cannot do."""
-    fleet, keep = asker.fleet, keep_alive_seconds(sent.keep_alive)
+    keep, fleet = keep_alive_seconds(sent.keep_alive), asker.fleet
     async with await fleet.lease(own_name(fleet, sent.model)) as lease:
         watch.loaded()
         context_limit(sent.options, lease.info.max_context)
         if keep is not None:
-            fleet.keep(lease.name, keep)
+            lease.keep(keep)
         yield lease
 
 
