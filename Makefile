@@ -30,7 +30,7 @@ $(VENV)/.openai2: $(VENV)/.dev
 	$(PIP) install -q --target $(VENV)/openai2 "openai>=2.54,<3"
 	@touch $@
 
-tests/e2e/clients/js/node_modules: tests/e2e/clients/js/package.json
+tests/e2e/clients/js/node_modules: tests/e2e/clients/js/package.json tests/e2e/clients/js/package-lock.json
 	@if command -v npm >/dev/null; then cd tests/e2e/clients/js && npm ci --silent --no-audit --no-fund; \
 	else echo "npm is not installed: the JavaScript client is not tested"; fi
 

@@ -218,6 +218,18 @@ async def test_bad_fields(served: Served, fields: dict[str, Any], says: str) -> 
     assert not served.engine.requests
 
 
+@pytest.mark.parametrize("kind", ["create", "continue"])
+async def test_threads_are_refused_so_that_sdks_go_on_without(served: Served, kind: str) -> None:
+    thread = {"type": kind, "previous_message_id": "msg_1"}
+    status, reply = await served.post(URL, {**ASK, "messages": [], "thread": thread})
+    assert status == 400 and "thread" in reply["error"]["message"]
+    assert reply["error"]["details"] == {
+        "error_code": "thread_unsupported_request",
+        "unsupported": ["thread"],
+    }
+    await message(served, thread=None)
+
+
 async def test_errors_have_its_shape(served: Served) -> None:
     async def kind(path: str, method: str = "POST", **fields: Any) -> tuple[int, str]:
         async with served.session.request(method, path, json={**ASK, **fields}) as response:

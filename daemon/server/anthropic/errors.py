@@ -14,6 +14,8 @@ _TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+THREADS_UNSUPPORTED = "thread_unsupported_request"
+"""The SDKs' loops with tools look for this code, and then go on without a thread."""
 
 
 def is_below(path: str) -> bool:
@@ -23,5 +25,10 @@ def is_below(path: str) -> bool:
 
 def encode_error(error: QuantdError, request_id: str) -> bytes:
     other = "invalid_request_error" if error.status < 500 else "api_error"
-    detail = {"type": _TYPES.get(error.status, other), "message": error.message}
+    detail: dict[str, object] = {
+        "type": _TYPES.get(error.status, other),
+        "message": error.message,
+    }
+    if error.error_code == THREADS_UNSUPPORTED:
+        detail["details"] = {"error_code": error.error_code, "unsupported": [error.param]}
     return msgspec.json.encode({"type": "error", "error": detail, "request_id": request_id})

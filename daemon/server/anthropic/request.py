@@ -10,6 +10,7 @@ from typing import Any
 from quantd.daemon.errors import RequestError
 from quantd.daemon.server import chat
 from quantd.daemon.server.anthropic.content import read_messages
+from quantd.daemon.server.anthropic.errors import THREADS_UNSUPPORTED
 from quantd.daemon.server.anthropic.schemas import CountBody, MessagesBody, ToolChoice
 from quantd.daemon.server.sampling import Options, integer, out_of_range, refuse_unserved
 from quantd.daemon.server.schemas import ChatBody, Json
@@ -39,6 +40,12 @@ class Wanted:
 def check(body: CountBody) -> Wanted:
     """Raises RequestError; needs no model."""
     refuse_unserved(body, ("mcp_servers", "container"))
+    if isinstance(body, MessagesBody) and body.thread is not None:
+        raise RequestError(
+            "thread: this server keeps no conversations; send all messages",
+            param="thread",
+            code=THREADS_UNSUPPORTED,
+        )
     if not body.messages:
         raise RequestError("messages must have at least 1 message, got 0", param="messages")
     with renamed():

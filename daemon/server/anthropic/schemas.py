@@ -68,3 +68,5 @@ class MessagesBody(CountBody, kw_only=True):
     temperature: float | None = None
     top_p: float | None = None
     top_k: Integer | None = None
+    thread: Json = None
+    """Refused in the way that lets Anthropic's SDKs send the whole conversation instead."""

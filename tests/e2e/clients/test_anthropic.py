@@ -82,6 +82,25 @@ def test_a_call_that_is_asked_for(client: anthropic.Anthropic) -> None:
     assert use.type == "tool_use" and isinstance(use.input["city"], str)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_sdks_own_loop_with_a_tool(client: anthropic.Anthropic, stream: bool) -> None:
+    asked = []
+
+    @anthropic.beta_tool
+    def get_weather(city: str) -> str:
+        """Get the weather"""
+        asked.append(city)
+        return '{"weather": "sunny"}'
+
+    runner: Any = client.beta.messages.tool_runner(
+        **ASK, messages=[QUESTION], tools=[get_weather], stream=stream
+    )
+    final = runner.until_done()
+    assert asked == ["Paris"] and "sunny" in final.content[0].text
+    with pytest.raises(anthropic.BadRequestError, match="thread"):
+        client.beta.messages.thread(model="demo", max_tokens=9).send(SUM)
+
+
 def test_a_schema(client: anthropic.Anthropic) -> None:
     schema = {
         "type": "object",

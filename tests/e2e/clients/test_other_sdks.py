@@ -52,7 +52,7 @@ def test_former_openai(environment: dict[str, str]) -> None:
 @pytest.mark.skipif(
     not (JS / "node_modules").is_dir(), reason=f"no {JS}/node_modules; `make test` makes it"
 )
-@pytest.mark.parametrize("suite", ["openai", "ollama"])
+@pytest.mark.parametrize("suite", ["openai", "anthropic", "ai_sdk", "ollama"])
 def test_javascript(environment: dict[str, str], suite: str) -> None:
     command = ["node", "--test", "--test-reporter=tap", f"{suite}.test.mjs"]
     output = run(command, environment, JS)
