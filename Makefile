@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # The newest release of the tested range; a torch that is already in the environment is kept.
 TORCH  ?= torch==2.13.0
 
-.PHONY: help serve stop test test-portable test-triton fuzz test-systemd check lint types imports bench clean
+.PHONY: help serve stop test test-portable test-triton test-clients fuzz test-systemd check lint types imports bench clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -34,6 +34,15 @@ tests/e2e/clients/js/node_modules: tests/e2e/clients/js/package.json tests/e2e/c
 	@if command -v npm >/dev/null; then cd tests/e2e/clients/js && npm ci --silent --no-audit --no-fund; \
 	else echo "npm is not installed: the JavaScript client is not tested"; fi
 
+# Not all frameworks take the SDK's third generation, so there are two environments.
+$(VENV)/clients/%/.installed: tests/e2e/clients/frameworks/%.txt
+	$(PYTHON) -m venv $(VENV)/clients/$*
+	$(VENV)/clients/$*/bin/python -m pip --disable-pip-version-check install -q --no-deps -r $<
+	@touch $@
+
+test-clients: $(VENV)/.dev $(VENV)/clients/openai2/.installed $(VENV)/clients/openai3/.installed  ## LangChain, LiteLLM, lm-eval, …
+	$(BIN)/python -m pytest -q -m clients tests/e2e/clients/test_frameworks.py
+
 .src/quantd:
 	@mkdir -p $@
 	@for room in daemon plugins kernels; do ln -sfn ../../$$room $@/$$room; done
@@ -45,7 +54,7 @@ stop:  ## end the daemon that `make serve` started
 	@$(BIN)/python examples/first_answer.py --stop
 
 test: $(VENV)/.dev $(VENV)/.openai2 tests/e2e/clients/js/node_modules  ## run the tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not gpu and not clients"
 
 # As a machine without a C compiler would install it: a wheel whose library failed to build.
 $(VENV)/portable: $(VENV)/.dev $(wildcard daemon/*.py daemon/*/*.py daemon/*/*/*.py plugins/*.py plugins/*/*.py kernels/*.py kernels/*/*.py)
@@ -62,7 +71,7 @@ NATIVE_ONLY := tests/numerics/test_families.py::test_batched_as_alone \
 
 test-portable: $(VENV)/portable  ## the tests that need no C library, without it
 	PYTHONPATH=$(abspath $(VENV)/portable) $(BIN)/python -m pytest -q -n 2 --dist loadgroup \
-		-m "not slow and not gpu" $(addprefix --deselect ,$(NATIVE_ONLY)) \
+		-m "not slow and not gpu and not clients" $(addprefix --deselect ,$(NATIVE_ONLY)) \
 		tests/kernels tests/numerics tests/e2e/test_answers.py
 
 test-triton: $(VENV)/.dev  ## the GPU kernels in Triton's interpreter, which needs no GPU

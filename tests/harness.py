@@ -20,6 +20,24 @@ START_SECONDS = 120
 _ADDRESS = re.compile(rb"http://127\.0\.0\.1:(\d+)")
 
 
+def checked_output(
+    command: list[str], environment: dict[str, str], folder: Path, seconds: float = 240
+) -> str:
+    """What a program writes; the test fails with it when the program does."""
+    done = subprocess.run(
+        command,
+        env=environment,
+        cwd=folder,
+        timeout=seconds,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
 class UnixConnection(http.client.HTTPConnection):
     """http.client over a Unix socket."""
 

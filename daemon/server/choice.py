@@ -179,7 +179,9 @@ class Choice:
 
     def _released(self, ended: bool, stopped: bool) -> list[TokenEntry]:
         """The entries whose text has begun to show; at the end all, but for those of the text
-        that was cut off: a stop token or the tokens of a stop string."""
+        that was cut off: the tokens of a stop string and, with a parser, a stop token. Where the
+        text is as generated a stop token counts among the tokens, as with OpenAI's completions:
+        lm-eval takes the last one for the one that was generated behind the prompt."""
         held, shown = self._held, self._num_chars
         if self.finish_reason is None:
             count = next((i for i, entry in enumerate(held) if entry.offset >= shown), len(held))
@@ -190,4 +192,4 @@ class Choice:
             return held
         if stopped:
             return [entry for entry in held if entry.offset < shown]
-        return held[:-1] if ended else held
+        return held[:-1] if ended and self._parser is not None else held

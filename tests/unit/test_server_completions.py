@@ -186,6 +186,23 @@ async def test_lm_eval_finds_the_greedy_token() -> None:
         assert greedy == [True, False, False]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_lm_eval_finds_one_generated_token_also_when_it_is_the_end(stream: bool) -> None:
+    """Without it the prompt's last token was taken for the generated one."""
+    async with serving() as served:
+        served.engine.answer = lambda request: spoken("", "stop")
+        body = {"prompt": "ab", "echo": True, "logprobs": 1, "max_tokens": 1}
+        if stream:
+            chunks = await served.chunks(URL, {**body, "stream": True})
+            choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        else:
+            choices = (await served.post(URL, body))[1]["choices"]
+        assert "".join(choice["text"] for choice in choices) == "ab"
+        made = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+        assert [name for each in made for name in each["tokens"]] == ["<s>", "a", "b", "</s>"]
+        assert [at for each in made for at in each["text_offset"]] == [0, 0, 1, 2]
+
+
 async def test_offsets_of_output_count_from_the_returned_text() -> None:
     async with serving() as served:
         served.engine.answer = lambda request: spoken("é!x")

@@ -5,34 +5,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from harness import checked_output
 
 pytestmark = pytest.mark.xdist_group("clients")
 
 HERE = Path(__file__).parent
 FORMER = Path(sys.prefix) / "openai2"
 JS = HERE / "js"
-SECONDS = 240
-
-
-def run(command: list[str], environment: dict[str, str], folder: Path) -> str:
-    """Its output; the test fails with it when the command does."""
-    done = subprocess.run(
-        command,
-        env=environment,
-        cwd=folder,
-        timeout=SECONDS,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
 
 
 @pytest.mark.skipif(not FORMER.is_dir(), reason=f"no {FORMER}; `make test` makes it")
@@ -42,9 +25,9 @@ def test_former_openai(environment: dict[str, str]) -> None:
     suites = [str(HERE / f"test_openai_{name}.py") for name in ("sdk", "tools", "responses")]
     root = HERE.parents[2]
     which = [sys.executable, "-c", "import openai; print(openai.__version__)"]
-    assert run(which, environment | {"PYTHONPATH": path}, root).startswith("2.")
+    assert checked_output(which, environment | {"PYTHONPATH": path}, root).startswith("2.")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *suites]
-    output = run(command, environment | {"PYTHONPATH": path}, root)
+    output = checked_output(command, environment | {"PYTHONPATH": path}, root)
     assert " passed" in output and "skipped" not in output, output
 
 
@@ -55,5 +38,5 @@ def test_former_openai(environment: dict[str, str]) -> None:
 @pytest.mark.parametrize("suite", ["openai", "anthropic", "ai_sdk", "ollama"])
 def test_javascript(environment: dict[str, str], suite: str) -> None:
     command = ["node", "--test", "--test-reporter=tap", f"{suite}.test.mjs"]
-    output = run(command, environment, JS)
+    output = checked_output(command, environment, JS)
     assert re.search(r"^# pass [1-9]", output, re.MULTILINE), output
