@@ -102,10 +102,12 @@ async def _answer(
 def read_options_of(body: ChatBody) -> Options:
     check_messages(body, body.messages)
     refuse_unserved(body, _UNSERVED)
+    max_tokens = None
     # The newer name wins where a client sends both for the sake of older servers.
-    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    value = getattr(body, name)
-    max_tokens = None if value is None else integer(name, value, 1, 1)
+    for name in ("max_tokens", "max_completion_tokens"):
+        value = getattr(body, name)
+        if value is not None:
+            max_tokens = integer(name, value, 1, 1)
     num_top = integer("top_logprobs", body.top_logprobs, 0, 0, MAX_LOGPROBS)
     if num_top and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")

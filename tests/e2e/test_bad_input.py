@@ -22,13 +22,16 @@ import pytest
 from harness import Daemon
 
 from quantd.daemon.server import schemas
+from quantd.daemon.server.responses.request import ResponseBody
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+RESPONSES = "/v1/responses"
 MODEL = {"model": "demo"}
 BODIES: dict[str, dict[str, Any]] = {
     CHAT: MODEL | {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1},
     COMPLETIONS: MODEL | {"prompt": "hi", "max_tokens": 1},
+    RESPONSES: MODEL | {"input": "hi", "max_output_tokens": 1},
     "/tokenize": MODEL | {"prompt": "hi"},
     "/detokenize": MODEL | {"tokens": [1, 2]},
 }
@@ -96,6 +99,7 @@ POISON: list[Any] = [
 FIELDS = {
     CHAT: schemas.ChatBody,
     COMPLETIONS: schemas.CompletionBody,
+    RESPONSES: ResponseBody,
     "/tokenize": schemas.TokenizeBody,
     "/detokenize": schemas.DetokenizeBody,
 }

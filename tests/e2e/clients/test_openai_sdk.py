@@ -205,6 +205,81 @@ def test_errors_become_the_sdks_classes(client: openai.OpenAI) -> None:
         client.images.generate(model="demo", prompt="x")
 
 
+_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "x"}}}
+_CALL = {"type": "function", "function": {"name": "f"}}
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("chat", {"temperature": "hot"}, "temperature"),
+    ("chat", {"temperature": -0.1}, "temperature"),
+    ("chat", {"top_p": 0}, "top_p"),
+    ("chat", {"top_p": 1.5}, "top_p"),
+    ("chat", {"n": 0}, "n"),
+    ("chat", {"n": 1.5}, "n"),
+    ("chat", {"max_tokens": -1}, "max_tokens"),
+    ("chat", {"max_completion_tokens": 0}, "max_completion_tokens"),
+    ("chat", {"presence_penalty": 3}, "presence_penalty"),
+    ("chat", {"frequency_penalty": "x"}, "frequency_penalty"),
+    ("chat", {"stop": [1]}, "stop"),
+    ("chat", {"stop": ""}, "stop"),
+    ("chat", {"logit_bias": {"x": 1}}, "logit_bias"),
+    ("chat", {"logit_bias": {"3": 101}}, "logit_bias"),
+    ("chat", {"top_logprobs": 3}, "top_logprobs"),
+    ("chat", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ("chat", {"seed": "x"}, "seed"),
+    ("chat", {"reasoning_effort": 3}, "reasoning_effort"),
+    ("chat", {"messages": []}, "messages"),
+    ("chat", {"messages": [{"role": "king", "content": "x"}]}, "messages[0].role"),
+    ("chat", {"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+    ("chat", {"response_format": {"type": "xml"}}, "response_format"),
+    ("chat", {"response_format": _SCHEMA}, "response_format"),
+    ("chat", {"tools": [{"type": "web"}]}, "tools[0].type"),
+    ("chat", {"tools": [_CALL], "tool_choice": "maybe"}, "tool_choice"),
+    ("chat", {"tool_choice": "required"}, "tool_choice"),
+    ("chat", {"modalities": ["audio"]}, "modalities"),
+    ("chat", {"functions": [{"name": "f"}]}, "functions"),
+    ("chat", {"extra_body": {"top_k": -5}}, "top_k"),
+    ("chat", {"extra_body": {"min_p": 2}}, "min_p"),
+    ("chat", {"extra_body": {"guided_regex": "("}}, "guided_regex"),
+    ("completions", {"prompt": []}, "prompt"),
+    ("completions", {"prompt": [1024]}, "prompt"),
+    ("completions", {"best_of": 3}, "best_of"),
+    ("completions", {"suffix": "x"}, "suffix"),
+    ("completions", {"logprobs": 21}, "logprobs"),
+    ("completions", {"max_tokens": 0}, "max_tokens"),
+    ("completions", {"echo": "yes"}, "echo"),
+    ("responses", {"max_output_tokens": 0}, "max_output_tokens"),
+    ("responses", {"temperature": 9}, "temperature"),
+    ("responses", {"input": [{"type": "song"}]}, "input[0].type"),
+    ("responses", {"truncation": "some"}, "truncation"),
+    ("responses", {"include": ["everything"]}, "include"),
+    ("responses", {"metadata": {"x": 3}}, "metadata"),
+    ("responses", {"tools": [{"type": "web_search"}]}, "tools[0].type"),
+    ("responses", {"text": {"format": {"type": "xml"}}}, "text.format"),
+    ("embeddings", {"input": []}, "input"),
+    ("embeddings", {"encoding_format": "hex"}, "encoding_format"),
+    ("embeddings", {"dimensions": 0}, "dimensions"),
+]
+
+
+@pytest.mark.parametrize(("api", "fields", "param"), BAD)
+def test_a_bad_field_is_named(
+    client: openai.OpenAI, api: str, fields: dict[str, Any], param: str
+) -> None:
+    apis: dict[str, tuple[Any, dict[str, Any]]] = {
+        "chat": (client.chat.completions, CHAT),
+        "completions": (client.completions, {"model": "demo", "prompt": "x"}),
+        "responses": (client.responses, {"model": "demo", "input": "x"}),
+        "embeddings": (client.embeddings, {"model": "demo", "input": "x"}),
+    }
+    resource, good = apis[api]
+    with pytest.raises(openai.BadRequestError) as caught:
+        resource.create(**good | fields)
+    error = caught.value
+    assert error.param is not None and error.param.startswith(param), error
+    assert error.type == "invalid_request_error" and error.code and error.request_id
+    # The message says it too: a caller may log nothing else.
+    assert param.split("[")[0].split(".")[-1] in error.message
+
+
 async def test_async_client(demo_server: Server, way: str) -> None:
     async with connect_async(demo_server, way) as client:
         assert [model.id async for model in client.models.list()] == ["demo"]
