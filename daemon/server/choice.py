@@ -87,6 +87,7 @@ class Choice:
         self._prompt_only = options.max_tokens == 0
         self._wants_entries = sampling.logprobs is not None or options.return_token_ids
         self._keeps_all_entries = options.include_stop or options.return_token_ids
+        self._logs_stop_token = options.logs_stop_token
         self._held: list[TokenEntry] = []
         """Entries whose text is not out yet."""
         self._num_chars = 0
@@ -179,9 +180,7 @@ class Choice:
 
     def _released(self, ended: bool, stopped: bool) -> list[TokenEntry]:
         """The entries whose text has begun to show; at the end all, but for those of the text
-        that was cut off: the tokens of a stop string and, with a parser, a stop token. Where the
-        text is as generated a stop token counts among the tokens, as with OpenAI's completions:
-        lm-eval takes the last one for the one that was generated behind the prompt."""
+        that was cut off: the tokens of a stop string and, unless it is logged, a stop token."""
         held, shown = self._held, self._num_chars
         if self.finish_reason is None:
             count = next((i for i, entry in enumerate(held) if entry.offset >= shown), len(held))
@@ -192,4 +191,4 @@ class Choice:
             return held
         if stopped:
             return [entry for entry in held if entry.offset < shown]
-        return held[:-1] if ended and self._parser is not None else held
+        return held[:-1] if ended and not self._logs_stop_token else held

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
@@ -93,13 +94,15 @@ def _read_options(body: CompletionBody) -> Options:
     logprobs = None
     if body.logprobs is not None:
         logprobs = integer("logprobs", body.logprobs, 0, 0, MAX_LOGPROBS)
-    return read_options(
+    options = read_options(
         body,
         max_tokens=max_tokens,
         max_tokens_may_shrink=body.max_tokens is None,
         logprobs=logprobs,
         prompt_logprobs=logprobs if body.echo else None,
     )
+    # As vLLM does: lm-eval takes the last one for what was generated behind the prompt.
+    return dataclasses.replace(options, logs_stop_token=True)
 
 
 def _read_prompt(prompt: str | list[str | int | list[int]] | None) -> list[str | list[int]]:

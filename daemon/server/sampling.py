@@ -148,6 +148,8 @@ class Options:
     """What constrains the output, and the field that says so."""
     tools: ToolRequest | None = None
     """None: calls are not looked for."""
+    logs_stop_token: bool = False
+    """The log probabilities count the stop token with which the model ended."""
 
     def grammars(self) -> list[FieldGrammar]:
         """All that the body wants the output held to, to be checked before a model is there."""
