@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from quantd.daemon.config import ModelSettings, Settings, load
-from quantd.daemon.config.load import SECTIONS, rules
+from quantd.daemon.config.load import SAFETY, SECTIONS, rules
+from quantd.daemon.safety import read_policies
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Raises ConfigError when the configuration is wrong."""
     settings = load(Path(arguments.config) if arguments.config else None)
+    read_policies(settings)
     print(f"# {settings.file or 'no configuration file was found'}")
     print("\n".join(show(settings)))
     missing = [model for model in settings.models.values() if not model.path.exists()]
@@ -32,6 +34,10 @@ def show(settings: Settings) -> Iterator[str]:
     for name, model in settings.models.items():
         header = f"[models.{json.dumps(name, ensure_ascii=False)}]"
         yield from _table(settings, f"models.{name}", header, ModelSettings, model)
+    for kind, struct in SAFETY.items():
+        for name, value in getattr(settings.safety, kind).items():
+            header = f"[safety.{kind}.{json.dumps(name, ensure_ascii=False)}]"
+            yield from _table(settings, f"safety.{kind}.{name}", header, struct, value)
 
 
 def _table(

@@ -7,6 +7,12 @@ from quantd.daemon.config.changes import Changes, diff, in_force
 from quantd.daemon.config.environment import Environment
 from quantd.daemon.config.load import load
 from quantd.daemon.config.models import choose_models
+from quantd.daemon.config.safety import (
+    GuardSettings,
+    PolicySettings,
+    RuleSettings,
+    SafetySettings,
+)
 from quantd.daemon.config.settings import (
     LogSettings,
     ModelSettings,
@@ -20,8 +26,12 @@ from quantd.daemon.config.settings import (
 __all__ = [
     "Changes",
     "Environment",
+    "GuardSettings",
     "LogSettings",
     "ModelSettings",
+    "PolicySettings",
+    "RuleSettings",
+    "SafetySettings",
     "SchedulerSettings",
     "ServerSettings",
     "Settings",

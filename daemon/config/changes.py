@@ -44,6 +44,8 @@ def diff(old: Settings, new: Settings) -> Changes:
         for name, rule in rules(struct).items():
             if getattr(before, name) != getattr(after, name):
                 (live if rule.live else restart).append(f"{section}.{name}")
+    if old.safety != new.safety:
+        live.append("safety")
     return Changes(
         live=tuple(live),
         restart=tuple(restart),

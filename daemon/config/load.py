@@ -15,6 +15,12 @@ from typing import Any, TypeVar, get_type_hints
 
 from quantd.daemon.config.environment import Environment
 from quantd.daemon.config.rules import Rule
+from quantd.daemon.config.safety import (
+    GuardSettings,
+    PolicySettings,
+    RuleSettings,
+    SafetySettings,
+)
 from quantd.daemon.config.settings import (
     LogSettings,
     ModelSettings,
@@ -33,6 +39,12 @@ SECTIONS: dict[str, type[Any]] = {
     "store": StoreSettings,
     "webhooks": WebhookSettings,
 }
+SAFETY: dict[str, type[Any]] = {
+    "rules": RuleSettings,
+    "guards": GuardSettings,
+    "policies": PolicySettings,
+}
+"""Tables of [safety], each with a table per name."""
 _PREFIXED = ("log", "store", "webhooks")
 """Sections whose keys have their section's name in the flag."""
 S = TypeVar("S")
@@ -89,7 +101,8 @@ def load(
     parts["store"] = _store_place(parts["store"], values["store"], environment)
     parts["webhooks"] = _secret_place(parts["webhooks"], values["webhooks"], origin, environment)
     models = _models(document, lines, str(path), here, origin)
-    return Settings(**parts, models=models, origin=origin, file=path)
+    safety = _safety(document, lines, str(path), here, origin)
+    return Settings(**parts, models=models, safety=safety, origin=origin, file=path)
 
 
 def build(
@@ -217,7 +230,7 @@ def _sections(
     document: dict[str, object], lines: Lines, file: str, folder: Path
 ) -> dict[str, dict[str, Value]]:
     """The written values of the fixed sections; a name that is not known is an error."""
-    known = [*SECTIONS, "models"]
+    known = [*SECTIONS, "models", "safety"]
     for name in document:
         if name not in known:
             raise _unknown((name,), known, lines, file)
@@ -251,22 +264,58 @@ def _models(
     document: dict[str, object], lines: Lines, file: str, folder: Path, origin: dict[str, str]
 ) -> dict[str, ModelSettings]:
     tables = document.get("models", {})
-    if not isinstance(tables, dict):
-        where = _where(("models",), lines, file)
-        raise ConfigError(f"{where}: models must be tables: [models.NAME]")
-    known = {name: rule for name, rule in rules(ModelSettings).items() if name != "name"}
-    models: dict[str, ModelSettings] = {}
-    for name, table in tables.items():
-        path = ("models", name)
-        where = _where(path, lines, file)
-        written = _table(table, path, known, lines, file, folder)
-        Value(name, where, folder).read(_dotted(path), rules(ModelSettings)["name"])
-        if "path" not in written:
-            raise ConfigError(f"{where}: {_dotted(path)}: `path` is missing")
-        models[name] = build(ModelSettings, f"models.{name}", written, origin, {"name": name})
+    models = _named(ModelSettings, tables, ("models",), lines, file, folder, origin)
     check_names(models, origin)
     check_tiers(models, origin)
     return models
+
+
+def _safety(
+    document: dict[str, object], lines: Lines, file: str, folder: Path, origin: dict[str, str]
+) -> SafetySettings:
+    written = _table(document.get("safety", {}), ("safety",), SAFETY, lines, file, folder)
+    return SafetySettings(
+        **{
+            name: _named(SAFETY[name], value.raw, ("safety", name), lines, file, folder, origin)
+            for name, value in written.items()
+        }
+    )
+
+
+def _named(
+    struct: type[S],
+    tables: object,
+    path: tuple[str, ...],
+    lines: Lines,
+    file: str,
+    folder: Path,
+    origin: dict[str, str],
+) -> dict[str, S]:
+    """A struct for each of the tables; its name is the table's own key."""
+    if not isinstance(tables, dict):
+        prefix = _dotted(path)
+        raise ConfigError(f"{_where(path, lines, file)}: {prefix} must be tables: [{prefix}.NAME]")
+    known = {name: rule for name, rule in rules(struct).items() if name != "name"}
+    made: dict[str, S] = {}
+    for name, table in tables.items():
+        here = (*path, name)
+        where = _where(here, lines, file)
+        written = _table(table, here, known, lines, file, folder)
+        Value(name, where, folder).read(_dotted(here), rules(struct)["name"])
+        for key in _needed(struct):
+            if key not in written:
+                raise ConfigError(f"{where}: {_dotted(here)}: `{key}` is missing")
+        made[name] = build(struct, _dotted(here), written, origin, {"name": name})
+    return made
+
+
+def _needed(struct: type[Any]) -> list[str]:
+    """Keys that a table cannot leave out."""
+    return [
+        field.name
+        for field in dataclasses.fields(struct)
+        if field.default is field.default_factory is dataclasses.MISSING and field.name != "name"
+    ]
 
 
 def _places(

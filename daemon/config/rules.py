@@ -253,6 +253,43 @@ class Weights(Rule):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TextTable(Rule):
+    """A table of names and texts; on a command line "NAME=TEXT,OTHER=TEXT"."""
+
+    name: Text
+    value: Text | OneOf
+    example: str
+
+    @property
+    def allowed(self) -> str:
+        return (
+            f"a table like {self.example}, each name {self.name.allowed}, each value "
+            f"{self.value.allowed}"
+        )
+
+    def read(self, value: object, folder: Path) -> object:
+        if not isinstance(value, dict):
+            raise ValueError(self.allowed)
+        try:
+            return {
+                self.name.read(name, folder): self.value.read(text, folder)
+                for name, text in value.items()
+            }
+        except ValueError:
+            raise ValueError(self.allowed) from None
+
+    def read_text(self, text: str, folder: Path) -> object:
+        pairs = [part.partition("=") for part in text.split(",")] if text else []
+        return self.read({name.strip(): value.strip() for name, _, value in pairs}, folder)
+
+    def show(self, value: object) -> str:
+        assert isinstance(value, dict)
+        show = super(TextTable, self).show
+        pairs = ", ".join(f"{show(name)} = {show(text)}" for name, text in value.items())
+        return "{ " + pairs + " }" if pairs else "{}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FilePath(Rule):
     """A path; `~` is the home folder.
 

@@ -27,6 +27,7 @@ from quantd.daemon.config.rules import (
     Texts,
     Weights,
 )
+from quantd.daemon.config.safety import SafetySettings
 
 DAY = 86400.0
 NAME = Text(pattern=r"[^\s/](?:\S*[^\s/])?", meaning="a name without spaces or outer slashes")
@@ -360,6 +361,7 @@ class Settings:
     store: StoreSettings = field(default_factory=StoreSettings)
     webhooks: WebhookSettings = field(default_factory=WebhookSettings)
     models: Mapping[str, ModelSettings] = field(default_factory=dict)
+    safety: SafetySettings = field(default_factory=SafetySettings)
     origin: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Key ("server.port") → "FILE:LINE", "--port", "$QUANTD_LOG", "credential" or "default"."""
     file: Path | None = field(default=None, compare=False)

@@ -111,6 +111,14 @@ path = "m"
 kv_bytes = "2GiB"
 keep_alive = 300
 aliases = ["x"]
+[safety.rules."self-harm/intent"]
+words = ['say "no"', 'back\\slash']
+pii = ["email"]
+[safety.guards.g]
+model = "x"
+labels = { "a label" = "hate" }
+[safety.policies.p]
+input = { "self-harm/intent" = "block", hate = "annotate" }
 """
 
 
@@ -146,6 +154,14 @@ def test_check_config_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["check-config", "--config", str(path)]) == 2
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"quantd: {path}:3: unknown key log.levle; did you mean 'level'?\n")
+
+
+def test_check_config_compiles_policies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text("[safety.rules.a]\npatterns = ['x', '(y']\n")
+    assert main(["check-config", "--config", str(path)]) == 2
+    message = f"quantd: {path}:2: safety.rules.a.patterns: '(y': missing ): (y\n"
+    assert capsys.readouterr() == ("", message)
 
 
 # --- what moves on a terminal ------------------------------------------------------------------

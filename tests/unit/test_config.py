@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from quantd.daemon.config import Environment, ModelSettings, Settings, load
-from quantd.daemon.config.load import SECTIONS, key_lines, meanings, rules
+from quantd.daemon.config.load import SAFETY, SECTIONS, key_lines, meanings, rules
 from quantd.daemon.errors import ConfigError
 
 REFERENCE = Path(__file__).parents[2] / "config.toml"
@@ -58,6 +58,18 @@ def test_the_reference_model_has_the_defaults(write) -> None:
     assert settings.models == {"my-model": ModelSettings(name="my-model", path=path)}
 
 
+@pytest.mark.parametrize("kind", SAFETY)
+def test_the_reference_safety_tables_have_every_key_with_its_default(kind: str, write) -> None:
+    [table] = re.findall(rf"^# \[safety\.{kind}\..*\n(?:# .*\n)*", REFERENCE.read_text(), re.M)
+    text = re.sub(r"^# ", "", table, flags=re.M)
+    struct = SAFETY[kind]
+    written = dict(re.findall(r"^([a-z_]+) = .*?  +# (.*)$", text, flags=re.M))
+    assert written == {name: text for name, text in meanings(struct).items() if name != "name"}
+    [[name, made]] = getattr(load(write(text), environment=NOBODY).safety, kind).items()
+    needed = {"model": "my-model"} if kind == "guards" else {}
+    assert made == struct(name=name, **needed)
+
+
 def test_the_reference_file_says_what_the_flags_help_says() -> None:
     document = uncommented(REFERENCE.read_text())
     written = dict(re.findall(r"^([a-z_]+) = .*?  ?# (.*)$", document, flags=re.M))
@@ -74,6 +86,15 @@ def test_the_reference_file_says_what_the_flags_help_says() -> None:
         ("\n[server]\nprt = 1", ":3: unknown key server.prt; did you mean 'port'?"),
         ("[sevrer]\nport = 1", ":1: unknown key sevrer; did you mean 'server'?"),
         ("[log]\ncolour = 1", ":2: unknown key log.colour; known here: level, format"),
+        ("[safety]\nrule = 1", ":2: unknown key safety.rule; did you mean 'rules'?"),
+        ("[safety]\nrules = 1", ":2: safety.rules must be tables: [safety.rules.NAME]"),
+        ("[safety.guards.g]", ":1: safety.guards.g: `model` is missing"),
+        ('[safety.rules."a b"]', ':1: safety.rules.a b = "a b": must be a category'),
+        ('[safety.rules.a]\npii = ["mail"]', ":2: safety.rules.a.pii = ['mail']: must be a list"),
+        (
+            '[safety.policies.p]\ninput = { a = "drop" }',
+            ":2: safety.policies.p.input = {'a': 'drop'}: must be a table like",
+        ),
         ("server.port = 70000", ":1: server.port = 70000: must be an integer from 0 to 65535"),
         ('[server]\nport = "80"', ':2: server.port = "80": must be an integer'),
         ("[server]\nport = true", ":2: server.port = true: must be an integer"),
