@@ -4,6 +4,7 @@ QuantdError
 ├── ConfigError                 a configuration file or flag is wrong          (exit 2)
 ├── RequestError                the caller can mend it                         400
 │   ├── ContextLengthExceeded   prompt (+ max_tokens) longer than the context  400
+│   ├── ContentFiltered         a policy does not let the prompt pass          400
 │   ├── ModelNotFound                                                          404
 │   ├── NotFound                no such URL or object                          404
 │   ├── MethodNotAllowed                                                       405
@@ -67,6 +68,12 @@ class RequestError(QuantdError):
 
 class ContextLengthExceeded(RequestError):
     code = "context_length_exceeded"
+
+
+class ContentFiltered(RequestError):
+    """A policy of the safety filter has found what it blocks."""
+
+    code = "content_filter"
 
 
 class ModelNotFound(RequestError):

@@ -182,6 +182,7 @@ class Service:
 
         Raises ConfigError; then all is as it was before.
         """
+        from quantd.daemon.safety import read_policies
         from quantd.daemon.server.auth import read_keys
 
         self._notifier.reloading()
@@ -189,6 +190,7 @@ class Service:
             new = self._read_settings()
             file = self._settings.server.api_keys_file
             keys = None if file is None else read_keys(file)
+            policies = read_policies(new)
         except ConfigError as error:
             _log.error("reload refused, the former configuration stays", reason=str(error))
             raise
@@ -198,6 +200,7 @@ class Service:
         self._settings = in_force(self._settings, new)
         if keys is not None:
             self._keys.replace(keys)
+        self._state.policies = policies
         self._configure_logging()
         self._fleet.reconfigure(self._settings.models)
         _log.info("reloaded", changes=changes.lines())

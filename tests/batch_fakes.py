@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 from server_fakes import FakeFleet, Served, serving
 
-from quantd.daemon.config import StoreSettings, WebhookSettings
+from quantd.daemon.config import SafetySettings, StoreSettings, WebhookSettings
 from quantd.daemon.server.context import Clock
 
 CHAT = "/v1/chat/completions"
@@ -53,12 +53,15 @@ async def at_work(
     time: Time | None = None,
     fleet: FakeFleet | None = None,
     webhooks: WebhookSettings | None = None,
+    safety: SafetySettings | None = None,
     **fields: Any,
 ) -> AsyncIterator[Served]:
     """A server that keeps its state in `folder`; `fields` are of the store's settings."""
     settings = StoreSettings(path=folder / "state", **fields)
     clock = (time or Time()).clock()
-    async with serving(store=settings, clock=clock, fleet=fleet, webhooks=webhooks) as served:
+    async with serving(
+        store=settings, clock=clock, fleet=fleet, webhooks=webhooks, safety=safety
+    ) as served:
         yield served
 
 

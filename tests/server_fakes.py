@@ -11,13 +11,21 @@ import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 from fakes import make_tables
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from quantd.daemon.config import ServerSettings, Settings, StoreSettings, WebhookSettings
+from quantd.daemon.config import (
+    ModelSettings,
+    SafetySettings,
+    ServerSettings,
+    Settings,
+    StoreSettings,
+    WebhookSettings,
+)
 from quantd.daemon.engine.stats import EngineStats, RequestState
 from quantd.daemon.engine.stream import Leaving, TokenStream
 from quantd.daemon.errors import ModelNotFound, QuantdError, RequestError
@@ -354,6 +362,7 @@ async def serving(
     send_buffer: int | None = None,
     store: StoreSettings | None = None,
     webhooks: WebhookSettings | None = None,
+    safety: SafetySettings | None = None,
 ) -> AsyncIterator[Served]:
     """The TCP application on a free port. `send_buffer`: bytes the kernel keeps per connection.
     Without `store` nothing is kept."""
@@ -362,6 +371,8 @@ async def serving(
         server=settings or ServerSettings(),
         store=store or StoreSettings(),
         webhooks=webhooks or WebhookSettings(),
+        models={"org/tiny": ModelSettings(name="org/tiny", path=Path("/models/tiny"))},
+        safety=safety or SafetySettings(),
     )
     metrics = Metrics()
     state = State(kept, fleet, metrics, clock)  # type: ignore[arg-type]

@@ -126,6 +126,7 @@ _ROUTES = [
     web.get("/v1/batches/{id}", _later("batches.routes", "get_batch")),
     web.post("/v1/batches/{id}/cancel", _later("batches.routes", "cancel_batch")),
     web.post("/v1/embeddings", _later("embeddings", "embeddings")),
+    web.post("/v1/moderations", _later("moderations", "moderations")),
     web.post("/v1/rerank", _later("rerank", "rerank")),
     web.post("/v2/rerank", _later("rerank", "rerank")),
     web.post("/rerank", _later("rerank", "rerank")),

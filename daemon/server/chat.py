@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -15,10 +16,12 @@ from aiohttp import web
 from quantd.daemon.errors import RequestError
 from quantd.daemon.server.body import decode, read_body
 from quantd.daemon.server.context import Asker, asker
-from quantd.daemon.server.generate import Api, Generation, Prompt, Usage, generation
+from quantd.daemon.server.filtered import PromptResult, Results, prompt_results, results_of
+from quantd.daemon.server.generate import Api, Generation, Usage, generation
 from quantd.daemon.server.logprobs import ChatLogprobs, chat_logprobs
 from quantd.daemon.server.messages import check_messages, encode_messages, num_chars, off_loop
 from quantd.daemon.server.models import json_response
+from quantd.daemon.server.prompts import Change, Prompt, map_json, map_messages
 from quantd.daemon.server.reply import ReplyMessage, delta_member, message
 from quantd.daemon.server.retry import collect_valid
 from quantd.daemon.server.sampling import (
@@ -59,6 +62,8 @@ class ChatChoice(msgspec.Struct):
     token_ids: list[int] | msgspec.UnsetType
     tool_call_retries: int | msgspec.UnsetType
     """How often it was made again because of a call that was not valid."""
+    content_filter_results: Results | msgspec.UnsetType
+    """Only under a policy that has found something in it."""
 
 
 class ChatReply(msgspec.Struct):
@@ -69,6 +74,7 @@ class ChatReply(msgspec.Struct):
     usage: Usage
     service_tier: str | msgspec.UnsetType
     prompt_token_ids: Sequence[int] | msgspec.UnsetType
+    prompt_filter_results: list[PromptResult] | msgspec.UnsetType
     object: str = "chat.completion"
 
 
@@ -76,7 +82,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     body = await read_body(request, _DECODER)
     options = read_options_of(body)
     who = asker(request)
-    running = generation(who, body.model, options, _API, partial(encode, body, options))
+    running = generation(who, body.model, options, _API, ChatPrompt(body, options))
     if options.stream:
         chunks = partial(ChatChunks, hides_reasoning=body.include_reasoning is False)
         return await stream_generation(request, running, chunks)
@@ -87,7 +93,7 @@ async def answer(raw: bytes, asker: Asker) -> ChatReply:
     """The whole answer to a body that does not come with an HTTP request of its own."""
     body = decode(raw, _DECODER)
     options = read_options_of(body)
-    running = generation(asker, body.model, options, _API, partial(encode, body, options))
+    running = generation(asker, body.model, options, _API, ChatPrompt(body, options))
     return await _answer(asker, running, body)
 
 
@@ -116,6 +122,32 @@ def read_options_of(body: ChatBody) -> Options:
     return dataclasses.replace(options, tools=tools)
 
 
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A chat as the PromptSource that it is."""
+
+    body: ChatBody
+    options: Options
+
+    is_text = True
+
+    def mapped(self, change: Change) -> ChatPrompt:
+        body, tools = self.body, self.options.tools
+        if tools is not None:
+            # Only what the model sees: what calls are held to is as the caller declared it.
+            shown = tuple(map_json(tools.shown, change))
+            tools = dataclasses.replace(tools, shown=shown)
+        made = msgspec.structs.replace(
+            body,
+            messages=map_messages(body.messages, change),
+            chat_template_kwargs=map_json(body.chat_template_kwargs, change),
+        )
+        return ChatPrompt(made, dataclasses.replace(self.options, tools=tools))
+
+    async def encode(self, text: TextModel) -> list[Prompt]:
+        return await encode(self.body, self.options, text)
+
+
 async def encode(body: ChatBody, options: Options, text: TextModel) -> list[Prompt]:
     tools = None
     if options.tools is not None:
@@ -141,12 +173,14 @@ def _reply(made: Generation, results: Sequence[Delta], *, hides_reasoning: bool)
                 stop_reason=result.stop_reason,
                 token_ids=token_ids(options, result),
                 tool_call_retries=1 if result.index in made.replaced else msgspec.UNSET,
+                content_filter_results=results_of(result.filtered),
             )
             for result in results
         ],
         usage=made.usage(),
         service_tier=options.service_tier or msgspec.UNSET,
         prompt_token_ids=made.prompts[0].ids if options.return_token_ids else msgspec.UNSET,
+        prompt_filter_results=prompt_results(made),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -13,11 +13,12 @@ from quantd.daemon.types import SamplingParams, TokenEvent, TokenLogprob
 
 if TYPE_CHECKING:
     from quantd.daemon.engine.stream import TokenStream
+    from quantd.daemon.server.outgoing import OutputScreen
     from quantd.daemon.text import OutputText
     from quantd.daemon.text.answer import AnswerParser, Part
 
 
-Finish = Literal["stop", "length", "tool_calls"]
+Finish = Literal["stop", "length", "tool_calls", "content_filter"]
 
 
 class TokenEntry(NamedTuple):
@@ -42,12 +43,15 @@ class Delta:
     finish_reason: Finish | None = None
     stop_reason: str | int | None = None
     """The stop string or the caller's stop token; None for the model's own end."""
+    filtered: Mapping[str, bool] | None = None
+    """At the end, under a policy: each category that was found → whether its text was taken out."""
 
     def add(self, other: Delta) -> None:
         self.text += other.text
         self.parts += other.parts
         self.entries += other.entries
         self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
+        self.filtered = other.filtered
 
 
 class Choice:
@@ -65,8 +69,10 @@ class Choice:
         parser: AnswerParser | None,
         sampling: SamplingParams,
         options: Options,
+        screen: OutputScreen | None = None,
     ) -> None:
-        """parser: None for an API that shows the text as it was generated."""
+        """parser: None for an API that shows the text as it was generated. screen: what a policy
+        lets through of it."""
         self.index = index
         self.num_tokens = 0
         """For usage: the generated ones, with the stop token or those of the stop string."""
@@ -81,6 +87,7 @@ class Choice:
         self._stream = stream
         self._output = output
         self._parser = parser
+        self._screen = screen
         self._offsets: list[int] = []
         """Where each token's text begins; with a parser."""
         self._own_stops = frozenset(options.stop_token_ids)
@@ -112,9 +119,17 @@ class Choice:
         while True:
             event = await self._stream.__anext__()
             delta = self._take(event)
+            if self._screen is not None:
+                await self._screened(self._screen, delta)
             shown = delta.text if self._parser is None else delta.parts
             if shown or delta.entries or delta.finish_reason is not None:
                 return delta
+
+    async def _screened(self, screen: OutputScreen, delta: Delta) -> None:
+        await screen.take(delta)
+        self.finish_reason = delta.finish_reason
+        if delta.finish_reason is not None:
+            self._stream.stop()
 
     def _take(self, event: TokenEvent) -> Delta:
         if event.finish_reason == "timeout":

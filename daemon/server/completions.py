@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,12 @@ from quantd.daemon.errors import RequestError
 from quantd.daemon.server.body import decode, read_body
 from quantd.daemon.server.choice import Delta, TokenEntry
 from quantd.daemon.server.context import Asker, asker
-from quantd.daemon.server.generate import Api, Generation, Prompt, Usage, collect, generation
+from quantd.daemon.server.filtered import PromptResult, Results, prompt_results, results_of
+from quantd.daemon.server.generate import Api, Generation, Usage, collect, generation
 from quantd.daemon.server.logprobs import CompletionLogprobs, completion_logprobs
 from quantd.daemon.server.messages import off_loop
 from quantd.daemon.server.models import json_response
+from quantd.daemon.server.prompts import Change, Prompt, Texts
 from quantd.daemon.server.sampling import (
     MAX_LOGPROBS,
     Options,
@@ -49,6 +52,7 @@ class CompletionChoice(msgspec.Struct):
     stop_reason: str | int | None
     token_ids: list[int] | msgspec.UnsetType
     prompt_token_ids: Sequence[int] | msgspec.UnsetType
+    content_filter_results: Results | msgspec.UnsetType
 
 
 class CompletionReply(msgspec.Struct):
@@ -58,14 +62,15 @@ class CompletionReply(msgspec.Struct):
     choices: list[CompletionChoice]
     usage: Usage
     service_tier: str | msgspec.UnsetType
+    prompt_filter_results: list[PromptResult] | msgspec.UnsetType
     object: str = "text_completion"
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
     body = await read_body(request, _DECODER)
     options = _read_options(body)
-    encode = partial(_encode, body, _read_prompt(body.prompt))
-    running = generation(asker(request), body.model, options, _API, encode)
+    source = TextPrompts(body, _read_prompt(body.prompt))
+    running = generation(asker(request), body.model, options, _API, source)
     if options.stream:
         return await stream_generation(request, running, partial(CompletionChunks, body.echo))
     return json_response(await _answer(running, body))
@@ -75,8 +80,8 @@ async def answer(raw: bytes, asker: Asker) -> CompletionReply:
     """The whole answer to a body that does not come with an HTTP request of its own."""
     body = decode(raw, _DECODER)
     options = _read_options(body)
-    encode = partial(_encode, body, _read_prompt(body.prompt))
-    return await _answer(generation(asker, body.model, options, _API, encode), body)
+    source = TextPrompts(body, _read_prompt(body.prompt))
+    return await _answer(generation(asker, body.model, options, _API, source), body)
 
 
 async def _answer(
@@ -132,6 +137,24 @@ def _read_prompt(prompt: str | list[str | int | list[int]] | None) -> list[str |
     )
 
 
+@dataclass(frozen=True, slots=True)
+class TextPrompts:
+    """A body's prompts as the PromptSource that they are."""
+
+    body: CompletionBody
+    prompts: Sequence[str | list[int]]
+
+    @property
+    def is_text(self) -> bool:
+        return Texts(self.prompts).is_text
+
+    def mapped(self, change: Change) -> TextPrompts:
+        return TextPrompts(self.body, Texts(self.prompts).mapped(change).texts)
+
+    async def encode(self, text: TextModel) -> list[Prompt]:
+        return await _encode(self.body, self.prompts, text)
+
+
 async def _encode(
     body: CompletionBody, prompts: Sequence[str | list[int]], text: TextModel
 ) -> list[Prompt]:
@@ -180,6 +203,7 @@ def _reply(made: Generation, results: Sequence[Delta], echoes: bool) -> Completi
         choices=[_choice(made, result, echoes) for result in results],
         usage=made.usage(),
         service_tier=made.options.service_tier or msgspec.UNSET,
+        prompt_filter_results=prompt_results(made),
     )
 
 
@@ -201,6 +225,7 @@ def _choice(made: Generation, result: Delta, echoes: bool) -> CompletionChoice:
         stop_reason=result.stop_reason,
         token_ids=token_ids(options, result),
         prompt_token_ids=prompt_ids if options.return_token_ids else msgspec.UNSET,
+        content_filter_results=results_of(result.filtered),
     )
 
 

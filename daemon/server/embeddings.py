@@ -25,6 +25,7 @@ from quantd.daemon.server.pooled import (
     check_text,
     encoded,
     read_options,
+    screened_texts,
     vectors,
 )
 from quantd.daemon.server.sampling import integer, out_of_range
@@ -65,7 +66,7 @@ async def answer(raw: bytes, asker: Asker) -> EmbeddingReply:
 
 async def embed(asker: Asker, body: EmbeddingBody) -> EmbeddingReply:
     """Raises what the route answers with."""
-    wanted = check(body)
+    wanted = await admitted(asker, body.model, check(body))
     async with await asker.fleet.lease(body.model) as lease:
         made, num_tokens = await embed_by(lease, asker, wanted)
     encoding = body.encoding_format or "float"
@@ -81,7 +82,7 @@ class Wanted(NamedTuple):
 
     body: EmbeddingBody
     options: Options
-    texts: list[str | list[int]]
+    texts: Sequence[str | list[int]]
     dimensions: int | None
 
 
@@ -93,6 +94,13 @@ def check(body: EmbeddingBody) -> Wanted:
         raise out_of_range("encoding_format", encoding, "float or base64")
     size = None if body.dimensions is None else integer("dimensions", body.dimensions, 0, 1)
     return Wanted(body, options, texts, size)
+
+
+async def admitted(asker: Asker, model: str | None, wanted: Wanted) -> Wanted:
+    """As the caller's policy lets the model read it; to be asked before a lease. Raises
+    ContentFiltered, ModelNotFound."""
+    texts = await screened_texts(asker, model, "input", wanted.texts)
+    return wanted._replace(texts=texts)
 
 
 async def embed_by(lease: Lease, asker: Asker, wanted: Wanted) -> tuple[list[bytes], int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -20,19 +20,15 @@ from quantd.daemon.errors import DeadlineExceeded, RequestError
 from quantd.daemon.server.choice import Choice, Delta
 from quantd.daemon.server.context import Asker
 from quantd.daemon.server.pooled import refuse_pooled
+from quantd.daemon.server.prompts import Prompt, PromptSource
 from quantd.daemon.server.sampling import Options, check_ids
 from quantd.daemon.server.submit import Submitter
 
 if TYPE_CHECKING:
     from quantd.daemon.fleet import Fleet, Lease
+    from quantd.daemon.server.screening import Screening
     from quantd.daemon.text import TextModel
     from quantd.daemon.types import Grammar
-
-
-class Prompt(NamedTuple):
-    ids: tuple[int, ...]
-    text: str | None = None
-    """As the caller wrote it; None when it came as ids or messages."""
 
 
 class Api(NamedTuple):
@@ -43,9 +39,6 @@ class Api(NamedTuple):
     """The engine's name for a field → this API's, for errors."""
     takes_parts: bool = False
     """Deltas have parts: content, reasoning, calls. Else the text as it was generated."""
-
-
-EncodePrompts = Callable[["TextModel"], Awaitable[Sequence[Prompt]]]
 
 
 class CachedTokens(msgspec.Struct):
@@ -80,6 +73,12 @@ class Generation:
     """Prompt by prompt: choice i belongs to prompt i // n."""
     replaced: dict[int, Choice] = field(default_factory=dict)
     """Choices that were made again, by index: the first one of each."""
+
+    @property
+    def prompt_filtered(self) -> Mapping[str, bool]:
+        """Each category that the policy found in the prompt → whether it was taken out."""
+        screening = self.submitter.screening
+        return {} if screening is None else screening.prompt_filtered
 
     def prompt_of(self, index: int) -> Prompt:
         return self.prompts[index // self.options.n]
@@ -156,19 +155,50 @@ async def _interleave(choices: Sequence[Choice]) -> AsyncIterator[Delta]:
             task.cancel()
 
 
+class Admitted(NamedTuple):
+    """What the model may read. Made by `admitted` alone."""
+
+    source: PromptSource
+    screening: Screening[PromptSource] | None
+    """None: no policy holds."""
+
+
+@asynccontextmanager
+async def admitted(
+    asker: Asker, model: str | None, source: PromptSource, api: Api
+) -> AsyncIterator[Admitted]:
+    """What the caller's policy makes of a prompt; to be asked before there is a lease, and kept
+    until the answer has ended. Raises ContentFiltered, ModelNotFound."""
+    if asker.state.policies is None:
+        yield Admitted(source, None)
+        return
+    from quantd.daemon.server.screening import screened  # most daemons have no policies
+
+    screening = await screened(asker, model, source, api.fields.get("prompt", "prompt"))
+    if screening is None:
+        yield Admitted(source, None)
+        return
+    async with screening.guarding():
+        yield Admitted(screening.source, screening)
+
+
 @asynccontextmanager
 async def generation(
-    asker: Asker, model: str | None, options: Options, api: Api, encode: EncodePrompts
+    asker: Asker, model: str | None, options: Options, api: Api, source: PromptSource
 ) -> AsyncIterator[Generation]:
-    """Waits for the model, encodes, submits; gives the model back at the end, and what still runs
-    is aborted whatever the reason: a client that left, a stop string, an error."""
+    """Asks the caller's policy, waits for the model, encodes, submits; gives the model back at the
+    end, and what still runs is aborted whatever the reason: a client that left, a stop string, an
+    error."""
     came = asker.clock.monotonic()
     for given in options.grammars():
         await asker.context.check_grammar(given)
     deadline = None if options.timeout is None else came + options.timeout
-    async with await _lease(asker.fleet, model, options.timeout) as lease:
-        async with generation_by(lease, asker, options, api, encode, deadline) as made:
-            yield made
+    async with (
+        admitted(asker, model, source, api) as prompt,
+        await _lease(asker.fleet, model, options.timeout) as lease,
+        generation_by(lease, asker, options, api, prompt, deadline) as made,
+    ):
+        yield made
 
 
 @asynccontextmanager
@@ -177,16 +207,19 @@ async def generation_by(
     asker: Asker,
     options: Options,
     api: Api,
-    encode: EncodePrompts,
+    prompt: Admitted,
     deadline: float | None = None,
 ) -> AsyncIterator[Generation]:
     """As `generation`, for who holds the model already and has checked the grammars. A second lease
     beside the first would wait for an unload that waits for the first."""
     refuse_pooled(lease)
+    source, screening = prompt
+    if screening is not None:
+        screening.lend(lease)
     clock = asker.clock
     arrival = clock.monotonic()
     vocab_size = lease.info.vocab_size
-    prompts = [_checked(p, options, vocab_size, api) for p in await encode(lease.text)]
+    prompts = [_checked(p, options, vocab_size, api) for p in await source.encode(lease.text)]
     id = api.id_prefix + (options.request_id or uuid.uuid4().hex)
     made = Generation(
         id=id,
@@ -195,7 +228,9 @@ async def generation_by(
         text=lease.text,
         options=options,
         prompts=prompts,
-        submitter=Submitter(lease, options, api.takes_parts, id, arrival, deadline, asker),
+        submitter=Submitter(
+            lease, options, api.takes_parts, id, arrival, deadline, asker, screening
+        ),
         choices=[],
     )
     try:

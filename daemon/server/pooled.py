@@ -12,6 +12,7 @@ import msgspec
 from quantd.daemon.errors import ContextLengthExceeded, QueueFull, RequestError, Unavailable
 from quantd.daemon.server.context import Asker
 from quantd.daemon.server.messages import off_loop
+from quantd.daemon.server.prompts import Texts
 from quantd.daemon.server.sampling import check_ids, integer, refuse_unserved
 from quantd.daemon.server.schemas import PooledBody
 from quantd.daemon.types import Pooling, Request, SamplingParams
@@ -109,6 +110,18 @@ def check_text(name: str, ids: Sequence[int], lease: Lease) -> None:
             f"{len(ids)} tokens. Please shorten it, or ask for truncate_prompt_tokens.",
             param=field,
         )
+
+
+async def screened_texts(
+    asker: Asker, model: str | None, field: str, texts: Sequence[str | list[int]]
+) -> Sequence[str | list[int]]:
+    """As the caller's policy lets the model read them. Raises ContentFiltered, ModelNotFound."""
+    if asker.state.policies is None:
+        return texts
+    from quantd.daemon.server.screening import screened  # most daemons have no policies
+
+    screening = await screened(asker, model, Texts(texts), field)
+    return texts if screening is None else screening.source.texts
 
 
 async def encoded(field: str, num_chars: int, encode: Callable[[], T]) -> T:

@@ -24,6 +24,7 @@ from quantd.daemon.server.pooled import (
     check_text,
     encoded,
     read_options,
+    screened_texts,
     vectors,
 )
 from quantd.daemon.server.sampling import integer
@@ -62,9 +63,11 @@ async def rank(asker: Asker, body: RerankBody) -> RerankReply:
     # 0 is how vLLM's clients say "all".
     top_n = integer("top_n", body.top_n, 0, 0) or len(documents)
     shows = body.return_documents is not False
+    read = await screened_texts(asker, body.model, "documents", [body.query, *documents])
+    query, *read_documents = [text for text in read if isinstance(text, str)]
     async with await asker.fleet.lease(body.model) as lease:
         check_task(lease, "rerank")
-        encode = partial(_encode, lease.text, body.query, documents, options)
+        encode = partial(_encode, lease.text, query, read_documents, options)
         num_chars = sum(len(body.query) + len(document) for document in documents)
         pairs = await encoded("documents", num_chars, encode)
         for index, pair in enumerate(pairs):

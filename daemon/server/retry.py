@@ -27,7 +27,7 @@ async def collect_valid(made: Generation, metrics: Metrics) -> list[Delta]:
     if tools is None or not tools.toolset.is_free:
         return results
     for index, result in enumerate(results):
-        if result.finish_reason == "length" or is_valid(made, result):
+        if result.finish_reason in ("length", "content_filter") or is_valid(made, result):
             continue
         try:
             choice = await made.again(index)

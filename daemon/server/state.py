@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from quantd.daemon.config import ServerSettings, Settings
+from quantd.daemon.safety import read_policies
 from quantd.daemon.server.auth import ApiKeys
 from quantd.daemon.server.context import Asker, Clock, Context
 from quantd.daemon.server.grammar import GrammarCheck
@@ -34,12 +35,14 @@ class State:
     def __init__(
         self, settings: Settings, fleet: Fleet, metrics: Metrics, clock: Clock | None = None
     ) -> None:
-        """Raises ConfigError when the webhooks' secret cannot be read."""
+        """Raises ConfigError when the webhooks' secret cannot be read, or a policy is wrong."""
         self._settings = settings
         self._fleet = fleet
         self._metrics = metrics
         self._clock = clock or Clock()
         self._resuming: asyncio.Task[None] | None = None
+        self.policies = read_policies(settings)
+        """Of the safety filter; a reload puts others in their place, all at once."""
         if settings.webhooks.url:
             _ = self.webhooks
 

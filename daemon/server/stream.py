@@ -16,6 +16,7 @@ from aiohttp import web
 from quantd.daemon.errors import QuantdError
 from quantd.daemon.server.context import CONTEXT
 from quantd.daemon.server.errors import encode_error
+from quantd.daemon.server.filtered import members_of, prompt_results
 from quantd.daemon.server.generate import Generation
 from quantd.daemon.server.middleware import has_left, unexpected
 from quantd.daemon.server.sampling import Options
@@ -111,12 +112,16 @@ class ChunkTemplate:
         )
 
     def finish(self, content: bytes, delta: Delta) -> bytes:
-        return b'%b%b,"logprobs":null,"finish_reason":"%b","stop_reason":%b}%b' % (
+        tail, results = self._tail, prompt_results(self._made)
+        if results is not msgspec.UNSET:
+            tail = b'],"prompt_filter_results":' + msgspec.json.encode(results) + tail[1:]
+        return b'%b%b,"logprobs":null,"finish_reason":"%b","stop_reason":%b%b}%b' % (
             self._starts[delta.index],
             content,
             (delta.finish_reason or "").encode(),
             msgspec.json.encode(delta.stop_reason),
-            self._tail,
+            members_of(delta.filtered),
+            tail,
         )
 
     def token_ids(self, delta: Delta) -> bytes:

@@ -21,6 +21,8 @@ from quantd.daemon.types import Grammar, Request, SamplingParams
 
 if TYPE_CHECKING:
     from quantd.daemon.fleet import Lease
+    from quantd.daemon.server.prompts import PromptSource
+    from quantd.daemon.server.screening import Screening
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,8 @@ class Submitter:
     arrival: float
     deadline: float | None
     asker: Asker
+    screening: Screening[PromptSource] | None = None
+    """None: no policy holds."""
 
     def grammar(self, prompt: Sequence[int], *, enforced: bool = False) -> Grammar | None:
         """What the output after this prompt may be. enforced: calls can be read though nothing
@@ -114,8 +118,13 @@ class Submitter:
             sampling.min_tokens,
             kept,
         )
+        screen = None
+        if self.screening is not None:
+            given = options.grammar
+            is_json = given is not None and given.grammar.kind == "json_schema"
+            screen = self.screening.output(self.takes_parts, is_json)
         stream = lease.engine.submit(request)
-        return Choice(number, stream, output, parser, sampling, options)
+        return Choice(number, stream, output, parser, sampling, options, screen)
 
 
 def _check_size(grammar: Grammar | None) -> None:

@@ -127,6 +127,30 @@ def families(
     yield from _gauges(samples)
 
 
+def safety_families(
+    found: Mapping[tuple[str, ...], int], failures: Mapping[tuple[str, ...], int]
+) -> Iterator[Metric]:
+    """What the safety filter has found, and what its guards have not told."""
+    for name, help_text, labels, counts in (
+        (
+            "quantd_safety",
+            "Prompts and answers in which the safety filter has found a category.",
+            ("policy", "stage", "action", "category"),
+            found,
+        ),
+        (
+            "quantd_safety_guard_failures",
+            "Judgements a guard failed at.",
+            ("guard",),
+            failures,
+        ),
+    ):
+        counter = CounterMetricFamily(name, help_text, labels=labels)
+        for values, count in counts.items():
+            counter.add_metric(values, count)
+        yield counter
+
+
 def _gauges(samples: Sequence[ModelSample]) -> Iterator[Metric]:
     running = GaugeMetricFamily(
         "quantd_requests_running", "Requests in the batch.", labels=["model"]

@@ -162,10 +162,22 @@ class Metrics:
         self._engines: dict[str, EngineMetrics] = {}
         self._sample: Callable[[], Iterable[ModelSample]] = tuple
         self._registry: CollectorRegistry | None = None
+        self.safety: dict[tuple[str, ...], int] = {}
+        """By policy, stage, action and category, all of which the configuration bounds."""
+        self.guard_failures: dict[tuple[str, ...], int] = {}
+        """By guard."""
 
     def engine(self, model: str) -> EngineMetrics:
         """The counters of one model; the same object for the same name."""
         return self._engines.setdefault(model, EngineMetrics())
+
+    def count_safety(self, policy: str, stage: str, action: str, category: str) -> None:
+        """A prompt or an answer in which a category was found."""
+        key = (policy, stage, action, category)
+        self.safety[key] = self.safety.get(key, 0) + 1
+
+    def count_guard_failure(self, guard: str) -> None:
+        self.guard_failures[guard,] = self.guard_failures.get((guard,), 0) + 1
 
     def watch(self, sample: Callable[[], Iterable[ModelSample]]) -> None:
         """Where a scrape gets the gauges from. It is asked before the counters are read."""
@@ -181,10 +193,11 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """prometheus_client's Collector protocol."""
-        from quantd.daemon.telemetry.families import families
+        from quantd.daemon.telemetry.families import families, safety_families
 
         samples = list(self._sample())  # first: it brings counters up to date
-        return families(self._engines, samples)
+        yield from families(self._engines, samples)
+        yield from safety_families(self.safety, self.guard_failures)
 
     def _new_registry(self) -> CollectorRegistry:
         """Our own: the library's global one would pull in whatever others register."""

@@ -119,3 +119,19 @@ def whole(parts: Iterable[Part]) -> WholeAnswer:
         "".join(reasonings),
         [Call(start.id, start.name, "".join(pieces)) for start, pieces in calls],
     )
+
+
+def joined(parts: Iterable[Part]) -> list[Part]:
+    """Neighbours of one kind as one part."""
+    made: list[Part] = []
+    for part in parts:
+        last = made[-1] if made else None
+        if isinstance(part, Content) and isinstance(last, Content):
+            made[-1] = Content(last.text + part.text)
+        elif isinstance(part, Reasoning) and isinstance(last, Reasoning):
+            made[-1] = Reasoning(last.text + part.text)
+        elif isinstance(part, CallArguments) and isinstance(last, CallArguments):
+            made[-1] = CallArguments(last.call, last.text + part.text)
+        else:
+            made.append(part)
+    return made

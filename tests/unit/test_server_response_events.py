@@ -12,10 +12,10 @@ from openai._models import construct_type
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from quantd.daemon.server.responses.events import Writer, joined
+from quantd.daemon.server.responses.events import Writer
 from quantd.daemon.server.responses.object import ResponseObject, new_object
 from quantd.daemon.server.responses.request import ResponseBody, check
-from quantd.daemon.text.answer import CallArguments, CallStart, Content, Part, Reasoning
+from quantd.daemon.text.answer import CallArguments, CallStart, Content, Part, Reasoning, joined
 
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 

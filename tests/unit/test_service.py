@@ -10,6 +10,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from quantd.daemon.config import (
     Environment,
     LogSettings,
     ModelSettings,
+    PolicySettings,
+    RuleSettings,
+    SafetySettings,
     ServerSettings,
     Settings,
 )
@@ -295,6 +299,34 @@ async def test_reload_reads_the_keys_again(
         keys.write_text("new-key\n")
         bench.service.reload()
         assert (await status("old-key"), await status("new-key")) == (401, 200)
+
+
+def blocking(word: str, pattern: str = "x") -> SafetySettings:
+    rules = RuleSettings(name="words", words=(word,), patterns=(pattern,))
+    policy = PolicySettings(name="main", input={"words": "block"})
+    return SafetySettings(rules={"words": rules}, policies={"main": policy})
+
+
+async def test_reload_puts_policies_in_the_place_of_others(
+    tmp_path: Path, executors: dict[str, FakeExecutor]
+) -> None:
+    settings = replace(settings_for(tmp_path, "a"), safety=blocking("hi"))
+    async with running(tmp_path, settings) as bench, bench.client() as client:
+        await bench.until(lambda: "model ready" in bench.log.getvalue())
+        assert await _chat_status(client, "a") == 400
+        bench.next_settings = replace(settings, safety=blocking("other", "(?=y)"))
+        with pytest.raises(ConfigError, match=r"safety\.rules\.words\.patterns"):
+            bench.service.reload()
+        assert await _chat_status(client, "a") == 400, "all is as it was"
+        bench.messages()
+        bench.next_settings = replace(settings, safety=blocking("other"))
+        async with client.post("/admin/reload") as response:
+            assert await response.json() == {"changes": ["safety has changed"]}
+        bench.messages()
+        assert await _chat_status(client, "a") == 200
+        bench.next_settings = settings_for(tmp_path, "a")
+        bench.service.reload()
+        assert await _chat_status(client, "a") == 200
 
 
 async def test_a_model_that_fails_leaves_the_daemon_alive(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from quantd.daemon.server.filtered import PromptResult, Results, prompt_results, results_of
 from quantd.daemon.server.schemas import Json
 from quantd.daemon.text.answer import CallArguments, CallStart, Content, Part, Reasoning
 
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
     from quantd.daemon.server.generate import Generation
 
 _encode = msgspec.json.encode
-_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+_REASONS = {
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "tool_calls": "tool_use",
+    "content_filter": "refusal",
+}
 
 
 class Usage(msgspec.Struct):
@@ -40,12 +46,24 @@ class MessageObject(msgspec.Struct):
     usage: Usage
     type: str = "message"
     role: str = "assistant"
+    content_filter_results: Results | msgspec.UnsetType = msgspec.UNSET
+    """Not Anthropic's: what the safety filter has found in it."""
+    prompt_filter_results: list[PromptResult] | msgspec.UnsetType = msgspec.UNSET
 
 
 def message_object(made: Generation, result: Delta, *, shows_thinking: bool) -> MessageObject:
     reason, sequence = stop_of(result)
     content = list(_blocks(result.parts, shows_thinking))
-    return MessageObject(made.id, made.model, content, reason, sequence, usage_of(made))
+    return MessageObject(
+        made.id,
+        made.model,
+        content,
+        reason,
+        sequence,
+        usage_of(made),
+        content_filter_results=results_of(result.filtered),
+        prompt_filter_results=prompt_results(made),
+    )
 
 
 def usage_of(made: Generation) -> Usage:
@@ -142,10 +160,15 @@ class MessageEvents:
         assert self._last is not None, "the one choice has ended"
         reason, sequence = stop_of(self._last)
         delta = {"stop_reason": reason, "stop_sequence": sequence}
+        found = {
+            "content_filter_results": results_of(self._last.filtered),
+            "prompt_filter_results": prompt_results(self._made),
+        }
+        extra = {name: value for name, value in found.items() if value is not msgspec.UNSET}
         return b"".join(
             [
                 *self._close(),
-                event("message_delta", delta=delta, usage=usage_of(self._made)),
+                event("message_delta", delta=delta, usage=usage_of(self._made), **extra),
                 event("message_stop"),
             ]
         )

@@ -29,8 +29,8 @@ async def create(request: web.Request) -> web.StreamResponse:
     sent: MessagesBody = await read_body(request, _DECODER)
     wanted = check(sent)
     body, options, shows = wanted.chat, wanted.options, wanted.shows_thinking
-    encode = partial(chat.encode, body, options)
-    running = generation(asker(request), body.model, options, _API, encode)
+    source = chat.ChatPrompt(body, options)
+    running = generation(asker(request), body.model, options, _API, source)
     with renamed():
         if options.stream:
             failed = partial(_failed, request[REQUEST_ID])

@@ -11,10 +11,10 @@ from aiohttp import web
 from quantd.daemon.errors import RequestError
 from quantd.daemon.server.body import read_body
 from quantd.daemon.server.context import asker
-from quantd.daemon.server.embeddings import check, embed_by, numbers
+from quantd.daemon.server.embeddings import admitted, check, embed_by, numbers
 from quantd.daemon.server.models import json_response
 from quantd.daemon.server.ollama.options import context_limit, renamed
-from quantd.daemon.server.ollama.run import Watch, leased, load
+from quantd.daemon.server.ollama.run import Watch, leased, load, own_name
 from quantd.daemon.server.ollama.schemas import EmbeddingsRequest, EmbedRequest
 from quantd.daemon.server.schemas import EmbeddingBody
 
@@ -38,6 +38,7 @@ async def embed(request: web.Request) -> web.Response:
             [sent.input] if isinstance(sent.input, str) else [*sent.input]
         )
         wanted = check(EmbeddingBody(input=texts, dimensions=sent.dimensions))
+        wanted = await admitted(who, own_name(who.fleet, sent.model), wanted)
         async with leased(who, sent, watch) as lease:
             if sent.truncate is not False:
                 most = context_limit(sent.options, lease.info.max_context)
@@ -61,6 +62,7 @@ async def embeddings(request: web.Request) -> web.Response:
             await load(who, sent)
             return json_response({"embedding": []})
         wanted = check(EmbeddingBody(input=sent.prompt))
+        wanted = await admitted(who, own_name(who.fleet, sent.model), wanted)
         async with leased(who, sent, Watch(who.clock)) as lease:
             [vector], _ = await embed_by(lease, who, wanted)
     return json_response({"embedding": numbers(vector)})

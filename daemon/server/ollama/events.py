@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from quantd.daemon.server.filtered import prompt_results, results_of
 from quantd.daemon.server.logprobs import ChatTokenLogprob, chat_logprobs
 from quantd.daemon.server.ollama.run import Watch
 from quantd.daemon.server.schemas import Json
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from quantd.daemon.server.generate import Generation
 
 _encode = msgspec.json.encode
+_REASONS = ("length", "content_filter")
+"""Ends that are not "stop"."""
 
 
 class Said(NamedTuple):
@@ -93,8 +96,14 @@ def without_answer(shape: Shape, clock: Clock, model: str, reason: str) -> dict[
 
 
 def _done(watch: Watch, made: Generation, last: Delta) -> dict[str, Json]:
-    reason = "length" if last.finish_reason == "length" else "stop"
-    return {"done": True, "done_reason": reason, **watch.measures(made)}
+    """`content_filter` and what it found are not Ollama's."""
+    reason = last.finish_reason if last.finish_reason in _REASONS else "stop"
+    found = {
+        "content_filter_results": results_of(last.filtered),
+        "prompt_filter_results": prompt_results(made),
+    }
+    shown = {name: value for name, value in found.items() if value is not msgspec.UNSET}
+    return {"done": True, "done_reason": reason, **shown, **watch.measures(made)}
 
 
 def _call(number: int, call: Call) -> dict[str, Json] | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantd.daemon.errors import RequestError
 from quantd.daemon.server import chat
-from quantd.daemon.server.generate import Api, EncodePrompts, Prompt
+from quantd.daemon.server.generate import Api
 from quantd.daemon.server.messages import off_loop
 from quantd.daemon.server.ollama.options import generation_fields, keep_alive_seconds
 from quantd.daemon.server.ollama.schemas import (
@@ -20,6 +20,7 @@ from quantd.daemon.server.ollama.schemas import (
     GenerateRequest,
     MadeCall,
 )
+from quantd.daemon.server.prompts import Change, Prompt, PromptSource
 from quantd.daemon.server.sampling import (
     MAX_LOGPROBS,
     Options,
@@ -47,7 +48,7 @@ class Wanted:
     sent: AnswerRequest
     options: Options
     api: Api
-    encode: EncodePrompts
+    source: PromptSource
 
 
 def read_chat(sent: ChatRequest) -> Wanted | None:
@@ -101,7 +102,7 @@ def _chat(
         **_thinking(sent.think),
     )
     options = dataclasses.replace(chat.read_options_of(body), max_tokens_may_shrink=True)
-    return Wanted(sent, options, api, partial(chat.encode, body, options))
+    return Wanted(sent, options, api, chat.ChatPrompt(body, options))
 
 
 def _raw(sent: GenerateRequest, prompt: str) -> Wanted:
@@ -115,11 +116,23 @@ def _raw(sent: GenerateRequest, prompt: str) -> Wanted:
         max_tokens_may_shrink=True,
         logprobs=num_top if sent.logprobs else None,
     )
-    return Wanted(sent, options, _RAW, partial(_encode, prompt))
+    return Wanted(sent, options, _RAW, _RawPrompt(prompt))
 
 
-async def _encode(prompt: str, text: TextModel) -> list[Prompt]:
-    return [Prompt(tuple(await off_loop(len(prompt), partial(text.encode, prompt))), prompt)]
+@dataclass(frozen=True, slots=True)
+class _RawPrompt:
+    """A text as the PromptSource that it is."""
+
+    prompt: str
+
+    is_text = True
+
+    def mapped(self, change: Change) -> _RawPrompt:
+        return _RawPrompt(change(self.prompt, False))
+
+    async def encode(self, text: TextModel) -> list[Prompt]:
+        encode = partial(text.encode, self.prompt)
+        return [Prompt(tuple(await off_loop(len(self.prompt), encode)), self.prompt)]
 
 
 def _thinking(think: bool | str | None) -> dict[str, Any]:

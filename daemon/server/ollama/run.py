@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from quantd.daemon.errors import RequestError
 from quantd.daemon.server.context import Asker, Clock
-from quantd.daemon.server.generate import Generation, generation_by
+from quantd.daemon.server.generate import Generation, admitted, generation_by
 from quantd.daemon.server.ollama.options import context_limit, keep_alive_seconds
 from quantd.daemon.server.ollama.request import Wanted
 from quantd.daemon.server.ollama.schemas import ModelRequest
@@ -90,10 +90,14 @@ async def generating(asker: Asker, wanted: Wanted, watch: Watch) -> AsyncIterato
     """As `generation`, for a body of this API."""
     for given in wanted.options.grammars():  # before a model is loaded
         await asker.context.check_grammar(given)
-    async with leased(asker, wanted.sent, watch) as lease:
+    model = own_name(asker.fleet, wanted.sent.model)
+    async with (
+        admitted(asker, model, wanted.source, wanted.api) as prompt,
+        leased(asker, wanted.sent, watch) as lease,
+    ):
         if wanted.sent.think and not lease.text.format.reasons:
             raise RequestError(f"The model {lease.name!r} does not support thinking", param="think")
-        running = generation_by(lease, asker, wanted.options, wanted.api, wanted.encode)
+        running = generation_by(lease, asker, wanted.options, wanted.api, prompt)
         async with running as made:
             yield made
 

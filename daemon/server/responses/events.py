@@ -203,19 +203,3 @@ def error_event(error: QuantdError) -> bytes:
         "param": error.param,
     }
     return b"event: error\ndata: %b\n\n" % _encode(data)
-
-
-def joined(parts: Iterable[Part]) -> list[Part]:
-    """Neighbours of one kind as one part: the events of an answer that comes in one piece."""
-    made: list[Part] = []
-    for part in parts:
-        last = made[-1] if made else None
-        if isinstance(part, Content) and isinstance(last, Content):
-            made[-1] = Content(last.text + part.text)
-        elif isinstance(part, Reasoning) and isinstance(last, Reasoning):
-            made[-1] = Reasoning(last.text + part.text)
-        elif isinstance(part, CallArguments) and isinstance(last, CallArguments):
-            made[-1] = CallArguments(last.call, last.text + part.text)
-        else:
-            made.append(part)
-    return made

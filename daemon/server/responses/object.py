@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from quantd.daemon.errors import QuantdError, QueueFull, RequestError
+from quantd.daemon.server.filtered import PromptResult, Results
 from quantd.daemon.server.generate import Usage
 from quantd.daemon.server.responses.items import AnyItem
 from quantd.daemon.server.responses.request import Reasoning, TextOptions, Wanted
@@ -78,6 +79,9 @@ class ResponseObject(msgspec.Struct, kw_only=True):
     metadata: dict[str, str]
     dropped_items: list[str] | msgspec.UnsetType = msgspec.UNSET
     """Ours, with truncation "auto": the ids of what was left out of the context, if anything."""
+    content_filter_results: Results | msgspec.UnsetType = msgspec.UNSET
+    prompt_filter_results: list[PromptResult] | msgspec.UnsetType = msgspec.UNSET
+    """Ours: what the safety filter has found, if anything."""
 
 
 def new_object(id: str, created_at: int, model: str, wanted: Wanted, status: str) -> ResponseObject:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -19,10 +19,12 @@ from quantd.daemon.server import chat
 from quantd.daemon.server.choice import Delta
 from quantd.daemon.server.context import Asker
 from quantd.daemon.server.errors import internal_error
-from quantd.daemon.server.generate import Api, Generation, Prompt, generation
+from quantd.daemon.server.filtered import prompt_results, results_of
+from quantd.daemon.server.generate import Api, Generation, generation
 from quantd.daemon.server.logprobs import chat_logprobs
 from quantd.daemon.server.messages import check_messages
-from quantd.daemon.server.responses.events import Writer, joined
+from quantd.daemon.server.prompts import Change, Prompt, PromptSource
+from quantd.daemon.server.responses.events import Writer
 from quantd.daemon.server.responses.items import AnyItem, MessageItem, Reference, keep, kept, turns
 from quantd.daemon.server.responses.object import (
     IncompleteDetails,
@@ -36,6 +38,7 @@ from quantd.daemon.server.retry import collect_valid
 from quantd.daemon.server.schemas import ChatBody
 from quantd.daemon.store import Response
 from quantd.daemon.store.items import size
+from quantd.daemon.text.answer import joined
 
 if TYPE_CHECKING:
     from quantd.daemon.text import TextModel
@@ -47,6 +50,9 @@ _API = Api(
     MappingProxyType({"prompt": "input", "max_tokens": "max_output_tokens"}),
     takes_parts=True,
 )
+
+
+_INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 
 class Run:
@@ -172,11 +178,11 @@ class Run:
         items = [*self._said, *self._inputs]
         body = chat_body(self._wanted, items)
         options = replace(self._wanted.options, request_id=self._number)
-        encode = partial(chat.encode, body, options)
+        source: PromptSource = chat.ChatPrompt(body, options)
         if self._wanted.may_drop:
-            encode = partial(self._encode_fitting, items)
+            source = _Fitting(chat.ChatPrompt(body, options), partial(self._encode_fitting, items))
         with renamed():
-            async with generation(self._asker, body.model, options, _API, encode) as made:
+            async with generation(self._asker, body.model, options, _API, source) as made:
                 yield made
 
     async def _prepare(self) -> None:
@@ -204,9 +210,12 @@ class Run:
         response = self.response
         response.model = made.model
         response.usage = usage_of(made.usage())
-        if delta.finish_reason == "length":
+        response.content_filter_results = results_of(delta.filtered)
+        response.prompt_filter_results = prompt_results(made)
+        reason = _INCOMPLETE.get(delta.finish_reason or "stop")
+        if reason is not None:
             response.status = "incomplete"
-            response.incomplete_details = IncompleteDetails("max_output_tokens")
+            response.incomplete_details = IncompleteDetails(reason)
             return self._writer.end("incomplete")
         response.status = "completed"
         response.completed_at = int(self._asker.clock.wall())
@@ -226,18 +235,20 @@ class Run:
             _log.error("a response is not kept", response=self.response.id, reason=str(other))
         return data + last
 
-    async def _encode_fitting(self, items: Sequence[AnyItem], text: TextModel) -> list[Prompt]:
+    async def _encode_fitting(
+        self, items: Sequence[AnyItem], text: TextModel, change: Change
+    ) -> list[Prompt]:
         """With the fewest turns left out, the oldest ones first, that the rest fits the context;
         never instructions, system messages and the last turn."""
         room = self._room()
-        prompts = await self._encode(items, text)
+        prompts = await self._encode(items, text, change)
         if len(prompts[0].ids) <= room:
             return prompts
         starts = turns(items) or [0]
         low, high = 0, len(starts) - 1
         while low < high:
             middle = (low + high) // 2
-            fitting = await self._encode(_from(items, starts[middle]), text)
+            fitting = await self._encode(_from(items, starts[middle]), text, change)
             if len(fitting[0].ids) <= room:
                 high = middle
             else:
@@ -247,10 +258,13 @@ class Run:
         dropped = [item.id for item in items if item.id not in left]
         if dropped:
             self.response.dropped_items = dropped
-        return await self._encode(_from(items, start), text)
+        return await self._encode(_from(items, start), text, change)
 
-    async def _encode(self, items: Sequence[AnyItem], text: TextModel) -> list[Prompt]:
-        return await chat.encode(chat_body(self._wanted, items), self._wanted.options, text)
+    async def _encode(
+        self, items: Sequence[AnyItem], text: TextModel, change: Change
+    ) -> list[Prompt]:
+        prompt = chat.ChatPrompt(chat_body(self._wanted, items), self._wanted.options)
+        return await prompt.mapped(change).encode(text)
 
     def _room(self) -> int:
         """Most tokens of the prompt, with room for the output that was asked for."""
@@ -258,6 +272,28 @@ class Run:
         [info] = [status.info for status in self._asker.fleet.models() if status.name == name]
         assert info is not None, "its lease is held"
         return usable_context(info) - (self._wanted.options.max_tokens or 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitting:
+    """A chat of which turns may be left out; what changes its texts changes those of any part."""
+
+    chat: chat.ChatPrompt
+    fit: Callable[[TextModel, Change], Awaitable[list[Prompt]]]
+    change: Change = lambda text, is_json: text
+
+    is_text = True
+
+    def mapped(self, change: Change) -> _Fitting:
+        before = self.change
+        return _Fitting(
+            self.chat.mapped(change),
+            self.fit,
+            lambda text, is_json: change(before(text, is_json), is_json),
+        )
+
+    async def encode(self, text: TextModel) -> list[Prompt]:
+        return await self.fit(text, self.change)
 
 
 def _from(items: Sequence[AnyItem], start: int) -> list[AnyItem]:
