@@ -31,22 +31,32 @@ import shapes
 WORKER = (sys.executable, "-P", str(Path(__file__).with_name("instant_worker.py")))
 
 
-async def _serve_quantd(model: Path, pipe: Connection) -> None:
-    from quantd.daemon.config import ModelSettings, SchedulerSettings, ServerSettings, Settings
+async def serve_quantd(model: Path, pipe: Connection, safety: Any = None) -> None:
+    """safety: SafetySettings; None is no policy."""
+    from quantd.daemon.config import (
+        ModelSettings,
+        SafetySettings,
+        SchedulerSettings,
+        ServerSettings,
+        Settings,
+    )
     from quantd.daemon.engine.executor import WorkerExecutor
     from quantd.daemon.fleet import Fleet
     from quantd.daemon.listeners import Faces, open_listeners
     from quantd.daemon.server.app import create_app, create_runner
+    from quantd.daemon.server.state import State
     from quantd.daemon.telemetry.metrics import Metrics
 
     settings = Settings(
         server=ServerSettings(port=0, socket=None),
         scheduler=SchedulerSettings(max_running=64),
         models={"model": ModelSettings(name="model", path=model)},
+        safety=safety or SafetySettings(),
     )
     metrics = Metrics()
     fleet = Fleet(settings, metrics, partial(WorkerExecutor.start, command=WORKER))
-    app = create_app(settings.server, fleet, metrics)
+    state = State(settings, fleet, metrics)
+    app = create_app(settings.server, fleet, metrics, state=state)
     listeners = open_listeners(settings.server)
     faces = Faces()
     await faces.add(create_runner(app), listeners)
@@ -168,7 +178,7 @@ def main() -> None:
         for streams in (1, 16, 64, 500):
             tokens = arguments.tokens * (8 if streams == 1 else 1)
             row = {
-                "quantd": measure(_serve_quantd, model, streams, tokens),
+                "quantd": measure(serve_quantd, model, streams, tokens),
                 "bare": measure(_serve_bare, model, streams, tokens),
             }
             record[str(streams)] = row
