@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -528,6 +530,17 @@ def test_words_of_a_file(tmp_path: Path) -> None:
     screen = made.by_name["p"].input.screen
     assert screen is not None and screen.rules is not None
     assert not screen.rules.is_clean("a worse thing") and screen.rules.is_clean("ours")
+
+
+def test_without_policies_none_of_it_is_imported() -> None:
+    code = (
+        "import sys, quantd.daemon.service, quantd.daemon.server.app, quantd.daemon.server.state;"
+        "from quantd.daemon.config import Settings; from quantd.daemon.safety import read_policies;"
+        "assert read_policies(Settings()) is None;"
+        "print([m for m in sys.modules if m == 're2' or m.startswith('quantd.daemon.safety.')])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert out.stdout == "[]\n"
 
 
 # --- guards ---------------------------------------------------------------------------------------
