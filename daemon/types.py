@@ -88,6 +88,9 @@ class Request(msgspec.Struct, frozen=True):
     came in, before a wait for the model to load, which `arrival` does not count."""
     is_batch: bool = False
     """A line of a batch: it gives way to everybody who waits for an answer."""
+    mark: str = ""
+    """The response or conversation that it is a part of: what it leaves in the KV cache goes with
+    that one."""
     second: int | None = None
     """Of a pair of texts: from this position on the tokens are of BERT's token type 1."""
 

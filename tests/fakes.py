@@ -102,6 +102,7 @@ def make_request(
     cache_salt: str = "",
     deadline: float | None = None,
     is_batch: bool = False,
+    mark: str = "",
 ) -> Request:
     """A request with the fields that tests vary; `sampling` replaces `max_tokens`."""
     return Request(
@@ -115,6 +116,7 @@ def make_request(
         deadline=deadline,
         timeout=None if deadline is None else deadline - arrival,
         is_batch=is_batch,
+        mark=mark,
     )
 
 

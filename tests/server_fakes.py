@@ -289,6 +289,12 @@ class FakeFleet:
         self.resolve(name)
         return self.idle
 
+    def forget(self, mark: str) -> None:
+        self.calls.append(f"forget {mark}")
+
+    def unmark(self, mark: str) -> None:
+        self.calls.append(f"unmark {mark}")
+
     def ready(self) -> bool:
         return self.is_ready
 

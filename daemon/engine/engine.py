@@ -153,6 +153,15 @@ class Engine:
         self._scheduler.kv.shrink()
         self._after_shrinking()
 
+    def forget(self, mark: str) -> None:
+        """Give up the cached blocks that only requests with this mark have used."""
+        self._scheduler.kv.forget(mark)
+        self._work.set()  # files go with a plan
+
+    def unmark(self, mark: str) -> None:
+        """What requests with this mark have left is as that of others."""
+        self._scheduler.kv.unmark(mark)
+
     def _after_shrinking(self) -> None:
         self._deliver_ended()
         self._releases_memory = True

@@ -115,6 +115,20 @@ class Fleet:
             raise Unavailable(f"model {resolved!r} is not in memory")
         return engine
 
+    def forget(self, mark: str) -> None:
+        """Every model in memory gives up the cached blocks that only requests with this mark have
+        used."""
+        for engine in self._engines():
+            engine.forget(mark)
+
+    def unmark(self, mark: str) -> None:
+        """There will be no `forget` of this mark."""
+        for engine in self._engines():
+            engine.unmark(mark)
+
+    def _engines(self) -> list[Engine]:
+        return [model.engine for model in self._all() if model.engine is not None]
+
     def ready(self) -> bool:
         """Every model that is to be preloaded has been, and none has failed."""
         return not self._draining and all(

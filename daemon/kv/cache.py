@@ -8,6 +8,7 @@ from typing import NamedTuple
 from quantd.daemon.kv.cost import CostModel
 from quantd.daemon.kv.disk import DiskIndex, digest_of
 from quantd.daemon.kv.lru import LruQueue
+from quantd.daemon.kv.marks import Marks
 from quantd.daemon.kv.namespace import Namespace
 from quantd.daemon.kv.pool import BlockPool
 from quantd.daemon.kv.reading import DiskReads
@@ -65,6 +66,7 @@ class KvCache:
         self.host = host
         self.disk = disk
         self.tree = PrefixTree()
+        self._marks = Marks(lambda name: self.disk is not None and self.disk.knows(name))
         self.cost = CostModel()
         self.reads = DiskReads(self)
         self.step = 0
@@ -216,8 +218,9 @@ class KvCache:
         self.pool.release((node.block,))
         self._offer(node)
 
-    def release(self, root: Root, node: Node, blocks: list[int]) -> None:
-        """A sequence gives up its blocks; what the tree knows of them stays, as newest."""
+    def release(self, root: Root, node: Node, blocks: list[int], mark: str = "") -> None:
+        """A sequence gives up its blocks; what the tree knows of them stays, as newest, and goes
+        with `forget(mark)`."""
         self.pool.release(blocks)
         root.num_users -= 1
         if node is root:
@@ -225,7 +228,37 @@ class KvCache:
             return
         self._tick += 1
         node.last_used = self._tick
+        if mark:
+            self._marks.put(node, mark)
         self._offer(node)
+
+    def forget(self, mark: str) -> None:
+        """Give up, in all tiers, what sequences of this mark have left and nobody else uses: no
+        sequence that runs, no other mark, nothing that goes on behind it."""
+        nodes, files = self._marks.take(mark)
+        for node in nodes:
+            if node.block != NONE or node.place != NONE:  # else it went with the one before
+                self._give_up(node)
+        if self.disk is not None:
+            for name in files:
+                self.disk.remove(name)
+
+    def unmark(self, mark: str) -> None:
+        """There will be no `forget` of this mark; its blocks stay as others do."""
+        self._marks.take(mark)
+
+    def _give_up(self, node: Node) -> None:
+        """A leaf that nobody uses, and those above that are left so."""
+        while node.parent is not None and node.is_leaf and not node.marks:
+            if node.block != NONE and self.pool.num_owners(node.block):
+                return
+            parent = node.parent
+            if self.disk is not None:
+                self.disk.remove(digest_of(node))
+            if node.block != NONE:
+                self._leave_device(node)
+            self._leave_host(node)
+            node = parent
 
     def discard(self, node: Node) -> None:
         """Forget a node that must not be used, and those above that nobody else uses."""
@@ -459,11 +492,18 @@ class KvCache:
     def _forget(self, node: Node) -> None:
         parent = node.parent
         assert parent is not None
+        if node.marks:
+            self._marks.leave(node, self._file_of(node))
         self.tree.remove(node)
         if isinstance(parent, Root):
             self.tree.forget_root(parent)
         else:
             self._offer(parent)
+
+    def _file_of(self, node: Node) -> bytes | None:
+        if self.disk is None or not self.disk.knows(digest_of(node)):
+            return None
+        return digest_of(node)
 
     def _note_unsaved(self, node: Node) -> None:
         """An engine that is never at rest never calls `save`: what is gone is dropped by and by."""
@@ -488,6 +528,7 @@ class KvCache:
         """Recount pool, tree and places from scratch; AssertionError where one does not hold."""
         self.pool.check()
         self.tree.check()
+        self._marks.check(set(self.tree.nodes()))
         held, places = set(), set()
         for node in self.tree.nodes():
             if node.block != NONE:

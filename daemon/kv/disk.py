@@ -50,6 +50,8 @@ class DiskIndex:
         self._files: OrderedDict[bytes, None] = OrderedDict()
         """The complete ones, and those that are being written."""
         self._writing: set[bytes] = set()
+        self._unwanted: set[bytes] = set()
+        """To be removed as soon as they are written."""
         self.ops: list[DiskOp] = []
         self.problem: str | None = None
         """Why the last write failed; None once one has succeeded since. Reads that fail only
@@ -69,6 +71,10 @@ class DiskIndex:
     def __contains__(self, name: bytes) -> bool:
         """It can be read."""
         return name in self._files and name not in self._writing
+
+    def knows(self, name: bytes) -> bool:
+        """It can be read, or is being written."""
+        return name in self._files
 
     def open(self, names: Iterable[bytes], file_bytes: int) -> None:
         """What the folder holds, oldest first."""
@@ -91,6 +97,7 @@ class DiskIndex:
 
     def write(self, name: bytes, place: int) -> bool:
         """Begin to write, unless it is there; False: nothing was begun."""
+        self._unwanted.discard(name)
         if name in self._files or not self.may_write:
             return False
         self._files[name] = None
@@ -101,8 +108,12 @@ class DiskIndex:
 
     def written(self, name: bytes, error: str | None) -> None:
         self._writing.discard(name)
+        is_unwanted = name in self._unwanted
+        self._unwanted.discard(name)
         if error is None:
             self.problem, self._rest_seconds = None, FIRST_REST_SECONDS
+            if is_unwanted:
+                self.remove(name)
             return
         self._files.pop(name, None)
         now = self._clock()
@@ -110,6 +121,14 @@ class DiskIndex:
             self._rests_until = now + self._rest_seconds
             self._rest_seconds = min(2 * self._rest_seconds, LONGEST_REST_SECONDS)
         self.problem = error
+
+    def remove(self, name: bytes) -> None:
+        """No effect on one that is not there."""
+        if name in self._writing:
+            self._unwanted.add(name)
+        elif name in self._files:
+            del self._files[name]
+            self.ops.append(DiskOp("remove", name))
 
     def read(self, name: bytes, place: int) -> None:
         assert name in self
@@ -129,5 +148,5 @@ class DiskIndex:
             self.ops.append(DiskOp("remove", oldest))
 
     def check(self) -> None:
-        assert self._writing <= self._files.keys()
+        assert self._unwanted <= self._writing <= self._files.keys()
         assert len(self) <= self.capacity

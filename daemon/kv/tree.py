@@ -41,6 +41,7 @@ class Node:
         "last_used",
         "num_device_children",
         "digest",
+        "marks",
     )
 
     def __init__(self, parent: Node | None, key: bytes, depth: int) -> None:
@@ -62,6 +63,8 @@ class Node:
         self.num_device_children = 0
         self.digest: bytes | None = None
         """See `disk.py`; made when it is asked for."""
+        self.marks: set[str] | None = None
+        """See `marks.py`."""
 
     @property
     def is_leaf(self) -> bool:

@@ -175,7 +175,7 @@ class BlockTables:
         """It leaves the batch. `spoilt`: what it computed must not be used by others."""
         assert seq.root is not None and seq.node is not None
         node, root = seq.node, seq.root
-        self.kv.release(root, node, seq.blocks)
+        self.kv.release(root, node, seq.blocks, "" if spoilt else seq.request.mark)
         if spoilt:
             self.kv.discard(node)
         seq.blocks = []

@@ -150,6 +150,8 @@ class Options:
     """None: calls are not looked for."""
     logs_stop_token: bool = False
     """The log probabilities count the stop token with which the model ended."""
+    mark: str = ""
+    """See `Request.mark`."""
 
     def grammars(self) -> list[FieldGrammar]:
         """All that the body wants the output held to, to be checked before a model is there."""

@@ -50,7 +50,7 @@ class State:
     def store(self) -> Store:
         from quantd.daemon.store import Store
 
-        return Store(self._settings.store)
+        return Store(self._settings.store, self._fleet.forget)
 
     @cached_property
     def webhooks(self) -> Webhooks:

@@ -103,6 +103,7 @@ class Submitter:
             cache_salt=options.cache_salt,
             deadline=self.deadline,
             timeout=options.timeout,
+            mark=options.mark,
         )
         parser, kept = None, frozenset[int]()
         if self.takes_parts:

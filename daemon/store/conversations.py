@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from quantd.daemon.errors import NotFound
 from quantd.daemon.store import items
-from quantd.daemon.store.bounds import Bounds, touch
+from quantd.daemon.store.bounds import Bounds, OnGone, touch
 from quantd.daemon.store.database import Connection, Database
 from quantd.daemon.store.items import Item
 from quantd.daemon.store.rows import Page, Table
@@ -31,17 +31,19 @@ class Conversations:
     """Owned by `Store`; all calls on the event loop. Each raises NotFound for what is not there,
     or another owner's."""
 
-    def __init__(self, database: Database, bounds: Bounds) -> None:
+    def __init__(self, database: Database, bounds: Bounds, on_gone: OnGone) -> None:
         self._database = database
         self._bounds = bounds
+        self._on_gone = on_gone
 
     async def add(self, conversation: Conversation, first: Sequence[Item]) -> None:
-        def add(db: Connection) -> None:
+        def add(db: Connection) -> list[str]:
             _CONVERSATIONS.insert(db, conversation)
             append(db, conversation.owner, conversation.id, first, conversation.used_at)
-            self._bounds.enforce(db, conversation.used_at, conversation.id)
+            return self._bounds.enforce(db, conversation.used_at, conversation.id)
 
-        await self._database.run(add)
+        for id in await self._database.run(add):
+            self._on_gone(id)
 
     async def get(self, owner: str, id: str, now: int) -> Conversation:
         def get(db: Connection) -> Conversation:
@@ -70,14 +72,16 @@ class Conversations:
             db.execute("DELETE FROM conversations WHERE id = ?", (id,))
 
         await self._database.run(delete)
+        self._on_gone(id)
 
     async def append(self, owner: str, id: str, more: Sequence[Item], now: int) -> None:
-        def add(db: Connection) -> None:
+        def add(db: Connection) -> list[str]:
             self._find(db, owner, id, now)
             append(db, owner, id, more, now)
-            self._bounds.enforce(db, now, id)
+            return self._bounds.enforce(db, now, id)
 
-        await self._database.run(add)
+        for gone in await self._database.run(add):
+            self._on_gone(gone)
 
     async def items(self, owner: str, id: str, now: int) -> list[Item]:
         def read(db: Connection) -> list[Item]:
@@ -119,7 +123,9 @@ class Conversations:
             )
             return self._find(db, owner, id, now)
 
-        return await self._database.run(delete)
+        left = await self._database.run(delete)
+        self._on_gone(id)
+        return left
 
     def _find(self, db: Connection, owner: str, id: str, now: int) -> Conversation:
         where = "id = ? AND owner = ? AND used_at > ?"

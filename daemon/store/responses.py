@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from quantd.daemon.errors import NotFound, RequestError
 from quantd.daemon.store import conversations, items, outbox
-from quantd.daemon.store.bounds import UNFINISHED, Bounds, touch
+from quantd.daemon.store.bounds import UNFINISHED, Bounds, OnGone, touch
 from quantd.daemon.store.database import Connection, Database
 from quantd.daemon.store.items import Item
 from quantd.daemon.store.outbox import Event
@@ -36,9 +36,10 @@ _RESPONSES = Table("responses", Response)
 class Responses:
     """Owned by `Store`; all calls on the event loop."""
 
-    def __init__(self, database: Database, bounds: Bounds) -> None:
+    def __init__(self, database: Database, bounds: Bounds, on_gone: OnGone) -> None:
         self._database = database
         self._bounds = bounds
+        self._on_gone = on_gone
 
     async def begin(self, response: Response, inputs: Sequence[Item]) -> None:
         """One that will be made in the background."""
@@ -60,11 +61,11 @@ class Responses:
         """One that is made, with what was said; all or nothing. No effect on one that has
         ended before. A conversation that is gone by now gets nothing."""
 
-        def finish(db: Connection) -> None:
+        def finish(db: Connection) -> list[str]:
             begun = db.execute("SELECT status FROM responses WHERE id = ?", (response.id,))
             row = begun.fetchone()
             if row is not None and row[0] not in UNFINISHED:
-                return
+                return []
             if row is None:
                 _RESPONSES.insert(db, response)
             else:
@@ -74,11 +75,13 @@ class Responses:
             if conversation is not None:
                 said = [*inputs, *outputs]
                 conversations.append(db, response.owner, conversation, said, response.used_at)
-            self._bounds.enforce(db, response.used_at, response.id)
+            gone = self._bounds.enforce(db, response.used_at, response.id)
             if event is not None:
                 outbox.put(db, event)
+            return gone
 
-        await self._database.run(finish)
+        for id in await self._database.run(finish):
+            self._on_gone(id)
 
     async def change(self, id: str, body: bytes, status: str) -> None:
         """The object of one that is being made; no effect if it has ended."""
@@ -172,6 +175,7 @@ class Responses:
             db.execute("DELETE FROM responses WHERE id = ?", (id,))
 
         await self._database.run(delete)
+        self._on_gone(id)
 
     def _find(self, db: Connection, owner: str, id: str, now: int) -> Response:
         where = "id = ? AND owner = ? AND used_at > ?"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from quantd.daemon.config import StoreSettings
 from quantd.daemon.store import files
 from quantd.daemon.store.batches import Batches
-from quantd.daemon.store.bounds import Bounds
+from quantd.daemon.store.bounds import Bounds, OnGone
 from quantd.daemon.store.conversations import Conversations
 from quantd.daemon.store.database import Connection, Database
 from quantd.daemon.store.files import Files
@@ -16,13 +16,13 @@ from quantd.daemon.store.responses import Responses
 class Store:
     """Opens nothing before the first call of one of its parts."""
 
-    def __init__(self, settings: StoreSettings) -> None:
+    def __init__(self, settings: StoreSettings, on_gone: OnGone = lambda id: None) -> None:
         self.database = Database(settings.path, self._on_open, (files.FOLDER,))
         self.files = Files(self.database, settings.file_bytes, settings.files_bytes)
         self.batches = Batches(self.database)
         bounds = Bounds(settings.responses_bytes, settings.responses_seconds)
-        self.responses = Responses(self.database, bounds)
-        self.conversations = Conversations(self.database, bounds)
+        self.responses = Responses(self.database, bounds, on_gone)
+        self.conversations = Conversations(self.database, bounds, on_gone)
         self.outbox = Outbox(self.database)
 
     def _on_open(self, db: Connection) -> None:

@@ -49,6 +49,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.integers(0, 2),
         caller=st.sampled_from(["a", "b"]),
         is_batch=st.booleans(),
+        mark=st.sampled_from(["", "m", "n"]),
     )
     def add(
         self,
@@ -59,6 +60,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority: int,
         caller: str,
         is_batch: bool,
+        mark: str,
     ) -> None:
         sampling = SamplingParams(
             max_tokens=max_tokens,
@@ -71,6 +73,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             priority=priority,
             caller=caller,
             is_batch=is_batch,
+            mark=mark,
         )
 
     @precondition(lambda self: not self.loop.in_flight)
@@ -98,6 +101,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         seq_id = data.draw(st.sampled_from(alive))
         assert self.loop.scheduler.abort(seq_id)
         self.aborted.add(seq_id)
+        self.loop.scheduler.check()
+
+    @rule(mark=st.sampled_from(["m", "n"]))
+    def forget(self, mark: str) -> None:
+        """At any moment, a step in flight or not."""
+        self.loop.scheduler.kv.forget(mark)
         self.loop.scheduler.check()
 
     @precondition(lambda self: not self.loop.in_flight and self.loop.worker.rows)

@@ -332,6 +332,46 @@ async def test_a_chain_survives_a_restart(tmp_path: Path) -> None:
         assert prompt(served) == "[user]one[assistant]ok[user]two[assistant]"
 
 
+async def test_what_is_deleted_is_forgotten_by_the_models(served: Served) -> None:
+    first = await ask(served, "one")
+    assert [request.mark for request in served.engine.requests] == [first["id"]]
+    await ask(served, "two", store=False)
+    assert served.engine.requests[-1].mark == ""
+    async with served.session.delete(f"{URL}/{first['id']}"):
+        assert served.fleet.calls == [f"forget {first['id']}"]
+    _, made = await served.post("/v1/conversations", {})
+    await ask(served, "three", conversation=made["id"])
+    assert served.engine.requests[-1].mark == made["id"]
+    path = f"/v1/conversations/{made['id']}"
+    _, page = await served.get(f"{path}/items")
+    served.fleet.calls.clear()
+    async with served.session.delete(f"{path}/items/{page['data'][0]['id']}"):
+        assert served.fleet.calls == [f"forget {made['id']}"]
+    async with served.session.delete(path):
+        assert served.fleet.calls == [f"forget {made['id']}"] * 2
+
+
+async def test_what_time_and_room_take_away_is_forgotten_too(tmp_path: Path) -> None:
+    time = Time()
+    async with at_work(tmp_path, time, responses_bytes=SMALL, responses_seconds=1e6) as served:
+        first = await ask(served, "first")
+        time.now += 1_000_001
+        second = await ask(served, "x" * 1000)
+        assert served.fleet.calls == [f"forget {first['id']}"]
+        while f"forget {second['id']}" not in served.fleet.calls:
+            time.now += 4000
+            await ask(served, "x" * 1000)
+        assert (await served.get(f"{URL}/{second['id']}"))[0] == 404
+
+
+async def test_one_that_is_not_kept_is_not_marked_for_ever(served: Served) -> None:
+    served.engine.answer = lambda request: None
+    async with served.session.post(URL, json={"input": "hi", "stream": True}) as response:
+        await response.content.readuntil(b"\n\n")
+    await wait_for(lambda: served.fleet.calls)
+    assert served.fleet.calls == [f"unmark {served.engine.requests[0].mark}"]
+
+
 # --- truncation -----------------------------------------------------------------------------------
 
 
@@ -469,6 +509,57 @@ async def test_a_failure_in_the_background(served: Served) -> None:
     reply = await ask(served, "hi", background=True)
     response = await ended(served, reply["id"])
     assert response["error"] == {"code": "server_error", "message": "no worker"}
+
+
+async def test_a_full_queue_is_waited_for_in_order(served: Served, time: Time) -> None:
+    refused: list[Request] = []
+
+    def refuse(request: Request) -> QueueFull | None:
+        refused.append(request)
+        return QueueFull("full", retry_after=3.0) if len(refused) <= 7 else None
+
+    served.engine.refuse = refuse
+    made = [await ask(served, f"{number}", background=True) for number in range(4)]
+    assert [reply["status"] for reply in made] == ["queued"] * 4
+    responses = [await ended(served, reply["id"]) for reply in made]
+    assert [text_of(response) for response in responses] == ["ok"] * 4
+    first_tries = list(dict.fromkeys(request.id for request in refused))
+    assert [id[: len(made[0]["id"])] for id in first_tries] == [reply["id"] for reply in made]
+    assert len({request.id for request in refused[:8]}) == 1, "the others wait behind the first"
+    assert time.slept.count(3.0) == 7
+    assert served.state.background.queue._locks == {}
+
+
+async def test_while_it_waits_it_is_queued_and_can_be_cancelled(served: Served, time: Time) -> None:
+    served.engine.refuse = lambda request: QueueFull("full", retry_after=60.0)
+    reply = await ask(served, "hi", background=True)
+    other = await ask(served, "other", background=True)
+    await wait_for(lambda: 60.0 in time.slept)
+    assert (await served.get(f"{URL}/{reply['id']}"))[1]["status"] == "queued"
+    _, cancelled = await served.post(f"{URL}/{reply['id']}/cancel", {})
+    assert cancelled["status"] == "cancelled"
+    served.engine.refuse = lambda request: None
+    time.move(60)
+    assert (await ended(served, other["id"]))["status"] == "completed"
+
+
+async def test_it_waits_no_longer_than_its_timeout(served: Served) -> None:
+    served.engine.refuse = lambda request: QueueFull("full", retry_after=3.0)
+    reply = await ask(served, "hi", background=True, timeout=2.0)
+    response = await ended(served, reply["id"])
+    assert "the queue was full" in response["error"]["message"]
+
+
+async def test_too_many_in_the_background_are_refused(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantd.daemon.server.responses.background.MAX_RUNNING", 2)
+    served.engine.answer = lambda request: None
+    for _ in range(2):
+        await ask(served, "hi", background=True)
+    status, reply = await served.post(URL, {"input": "x", "background": True})
+    assert (status, reply["error"]["code"]) == (429, "queue_full")
+    assert "limit is 2" in reply["error"]["message"]
 
 
 async def test_what_cannot_begin_is_said_at_once(served: Served) -> None:

@@ -11,9 +11,11 @@ from contextlib import aclosing
 import msgspec
 import structlog
 
+from quantd.daemon.errors import QueueFull
 from quantd.daemon.server.context import Clock
 from quantd.daemon.server.responses.object import ResponseError, ResponseObject
 from quantd.daemon.server.responses.run import Run
+from quantd.daemon.server.responses.turns import Turns
 from quantd.daemon.server.webhooks import Webhooks
 from quantd.daemon.store import Store
 
@@ -67,6 +69,11 @@ class _Running:
             await more.wait()
 
 
+MAX_RUNNING = 1000
+"""Each holds its body in memory, and waits for as long as it takes."""
+_RETRY_SECONDS = 10.0
+
+
 class Background:
     """Event loop only."""
 
@@ -75,9 +82,18 @@ class Background:
         self._webhooks = webhooks
         self._clock = clock
         self._running: dict[str, _Running] = {}
+        self.queue = Turns()
+        """By model: who is let in next where the model's own queue is full."""
 
     async def start(self, run: Run, is_streamed: bool) -> None:
-        """Returns when it is in the store, as "queued". Raises what `Run.queue` raises."""
+        """Returns when it is in the store, as "queued". Raises QueueFull, and what `Run.queue`
+        raises."""
+        if len(self._running) >= MAX_RUNNING:
+            raise QueueFull(
+                f"{len(self._running)} responses are being made in the background; the limit is "
+                f"{MAX_RUNNING}",
+                retry_after=_RETRY_SECONDS,
+            )
         running = _Running(run, is_streamed)
         running.add(await run.queue(is_streamed))
         self._running[run.response.id] = running

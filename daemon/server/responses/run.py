@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
-from quantd.daemon.errors import QuantdError
+from quantd.daemon.errors import DeadlineExceeded, QuantdError, QueueFull
 from quantd.daemon.scheduler.admission import usable_context
 from quantd.daemon.server import chat
 from quantd.daemon.server.choice import Delta
@@ -35,6 +35,7 @@ from quantd.daemon.server.responses.object import (
 )
 from quantd.daemon.server.responses.request import ContextBody, Wanted, all_messages, renamed
 from quantd.daemon.server.retry import collect_valid
+from quantd.daemon.server.sampling import Options
 from quantd.daemon.server.schemas import ChatBody
 from quantd.daemon.store import Response
 from quantd.daemon.store.items import size
@@ -52,6 +53,7 @@ _API = Api(
 )
 
 
+Begin = Callable[[Options], AbstractAsyncContextManager[Generation]]
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 
@@ -78,16 +80,28 @@ class Run:
         """There were events, so an error is one too."""
         self._sent: list[bytes] | None = None
         """All events, when they are kept as well."""
+        self._has_ended = False
+        """It is kept, if it is to be."""
+
+    @property
+    def _mark(self) -> str:
+        """What its blocks go with: the conversation has what is said in it; empty: nothing."""
+        if not self._wanted.is_kept:
+            return ""
+        return self._wanted.conversation or self.response.id
 
     async def whole(self) -> ResponseObject:
         """Raises what has ended it badly."""
-        async with self._asker.state.turns.of(self._wanted.conversation):
-            async with self._generation() as made:
-                [delta] = await collect_valid(made, self._asker.context.metrics)
-                delta.parts = joined(delta.parts)
-                self._take(made, delta)
-                self._complete(made, delta)
-            await self._keep(b"")
+        try:
+            async with self._asker.state.turns.of(self._wanted.conversation):
+                async with self._generation() as made:
+                    [delta] = await collect_valid(made, self._asker.context.metrics)
+                    delta.parts = joined(delta.parts)
+                    self._take(made, delta)
+                    self._complete(made, delta)
+                await self._keep(b"")
+        finally:
+            self._leave()
         return self.response
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -110,6 +124,8 @@ class Run:
             if not self._is_begun:
                 raise
             yield await self._fail(error)
+        finally:
+            self._leave()
 
     async def queue(self, is_streamed: bool) -> bytes:
         """Instead of answering, it is made later; it is in the store when this returns, and these
@@ -136,6 +152,11 @@ class Run:
             self._sent.append(data)
         return data
 
+    def _leave(self) -> None:
+        """Nobody can delete what is not kept. In the background also a cancelled one is."""
+        if self._mark == self.response.id and not (self._has_ended or self.response.background):
+            self._asker.fleet.unmark(self._mark)
+
     async def _keep(self, last: bytes) -> None:
         """All that was said, unless the caller did not want it; `last` is the last event."""
         if not self._wanted.is_kept:
@@ -154,6 +175,7 @@ class Run:
             self._wanted.conversation,
             event,
         )
+        self._has_ended = True
         state.webhooks.wake()
 
     def _row(self, item_bytes: int, stream: bytes | None) -> Response:
@@ -177,13 +199,36 @@ class Run:
         await self._prepare()
         items = [*self._said, *self._inputs]
         body = chat_body(self._wanted, items)
-        options = replace(self._wanted.options, request_id=self._number)
+        options = replace(self._wanted.options, request_id=self._number, mark=self._mark)
         source: PromptSource = chat.ChatPrompt(body, options)
         if self._wanted.may_drop:
             source = _Fitting(chat.ChatPrompt(body, options), partial(self._encode_fitting, items))
         with renamed():
-            async with generation(self._asker, body.model, options, _API, source) as made:
-                yield made
+            async with AsyncExitStack() as stack:
+                begin = partial(generation, self._asker, body.model, api=_API, source=source)
+                yield await self._enter(stack, begin, options)
+
+    async def _enter(self, stack: AsyncExitStack, begin: Begin, options: Options) -> Generation:
+        """Nobody can try again for one in the background, so it waits while the queue is full:
+        behind those of its model that wait already, and with others that try again. Raises
+        DeadlineExceeded."""
+        if not self.response.background:
+            return await stack.enter_async_context(begin(options))
+        clock = self._asker.clock
+        until = None if options.timeout is None else clock.monotonic() + options.timeout
+        async with self._asker.state.background.queue.of(self.response.model):
+            while True:
+                left = None if until is None else until - clock.monotonic()
+                try:
+                    return await stack.enter_async_context(begin(replace(options, timeout=left)))
+                except QueueFull as error:
+                    assert error.retry_after is not None
+                    if left is not None and left <= error.retry_after:
+                        raise DeadlineExceeded(
+                            f"the timeout of {options.timeout:g} s is over: the queue was full",
+                            param="timeout",
+                        ) from None
+                    await clock.sleep(error.retry_after)
 
     async def _prepare(self) -> None:
         """Reads what was said before, and puts items in the place of references."""

@@ -266,6 +266,65 @@ def test_branches_deletion_and_what_is_not_kept(client: openai.OpenAI) -> None:
         assert caught.value.code == "previous_response_not_found"
 
 
+STORY = "Tell me what you know of these cities: " + ", ".join(
+    f"{name} with {number} people" for number, name in enumerate(["Oslo", "Paris", "Rome"] * 8, 11)
+)
+
+
+def cached(response: Any) -> int:
+    return int(response.usage.input_tokens_details.cached_tokens)
+
+
+def salted(salt: str) -> dict[str, Any]:
+    """Nobody else shares its blocks."""
+    return ASK | {"extra_body": {"cache_salt": salt, "ignore_eos": True}}
+
+
+def test_what_is_deleted_leaves_the_cache(client: openai.OpenAI) -> None:
+    fields = salted("deleted")
+    first = client.responses.create(input=STORY, **fields)
+    second = client.responses.create(input="Why?", previous_response_id=first.id, **fields)
+    assert cached(second) > 100
+    client.responses.delete(second.id)
+    again = client.responses.create(input="Why?", previous_response_id=first.id, **fields)
+    assert cached(again) == cached(second), "the first turn's blocks are the first response's"
+    client.responses.delete(first.id)
+    client.responses.delete(again.id)
+    assert cached(client.responses.create(input=STORY, **fields)) == 0
+
+    conversation = client.conversations.create()
+    fields = salted("deleted conversation")
+    for text in (STORY, "Why?"):
+        said = client.responses.create(input=text, conversation=conversation.id, **fields)
+    assert cached(said) > 100
+    # What anybody else has in the cache stays.
+    client.responses.create(input=STORY, store=False, **salted("another"))
+    client.conversations.delete(conversation.id)
+    assert cached(client.responses.create(input=STORY, store=False, **fields)) == 0
+    assert cached(client.responses.create(input=STORY, store=False, **salted("another"))) > 100
+
+
+def test_a_chain_whose_blocks_had_to_leave_goes_on_the_same(
+    serve: Callable[..., Daemon], client: openai.OpenAI
+) -> None:
+    """In a pool that holds few of them; the host has the others."""
+    arguments = ["--kv-bytes", "4MiB", "--host-kv-bytes", "32MiB", "--max-context", "480"]
+    small = serve("demo", "--dtype", "float32", "--threads", "1", *arguments)
+    with connect(small) as tight:
+        firsts = [
+            [each.responses.create(input=f"{n}. {STORY}", **salted("x")) for n in range(6)]
+            for each in (client, tight)
+        ]
+        for wide, narrow in zip(*firsts, strict=True):
+            pair = [
+                each.responses.create(input="Why?", previous_response_id=said.id, **salted("x"))
+                for each, said in ((client, wide), (tight, narrow))
+            ]
+            assert pair[0].output_text == pair[1].output_text
+            assert cached(pair[0]) == cached(pair[1]) > 100
+    assert small.metric('quantd_spill_bytes_total{direction="out",tier="host"}') > 0
+
+
 def test_hosted_tools_are_refused_by_name(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.responses.create(input="x", tools=[{"type": "web_search"}], **ASK)
