@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import resource
 import signal
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -76,6 +77,7 @@ class Service:
         """
         self._configure_logging()
         self._handle_signals()
+        _allow_connections()
         # Bound before the web framework is imported, which is most of the start: a client that
         # comes now waits for a moment instead of being refused.
         listeners = open_listeners(self._settings.server)
@@ -244,6 +246,12 @@ class Service:
                     "everybody who can reach this address may use it; set server.api_keys_file",
                     address=listener.address,
                 )
+
+
+def _allow_connections() -> None:
+    """A file for each: shells' soft limit of 1,024 is for programs that call select()."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _freeze() -> None:

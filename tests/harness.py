@@ -116,8 +116,13 @@ class Daemon(Server):
     """`quantd serve ARGUMENTS` on a free port and a socket in `folder`, by default a new one."""
 
     def __init__(
-        self, *arguments: str, wait_ready: bool = True, folder: Path | None = None
+        self,
+        *arguments: str,
+        wait_ready: bool = True,
+        folder: Path | None = None,
+        max_files: int | None = None,
     ) -> None:
+        """`max_files`: its soft limit of open files."""
         self.folder = folder or Path(tempfile.mkdtemp(prefix="quantd-test-"))
         self.socket = self.folder / "quantd.sock"
         self.log = self.folder / "log"
@@ -125,6 +130,8 @@ class Daemon(Server):
         if not any(argument.startswith("--store-path") for argument in arguments):
             listen += ["--store-path", str(self.folder / "state")]
         command = [sys.executable, "-m", "quantd.daemon", "serve", *arguments, *listen]
+        if max_files is not None:
+            command = ["prlimit", f"--nofile={max_files}:", *command]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(

@@ -56,6 +56,18 @@ def test_32_seeded_requests_at_once_equal_each_alone(demo: Daemon) -> None:
     assert len(set(alone)) > 16
 
 
+def test_seeds_say_the_same_to_another_process_and_with_a_prefix_that_is_known(
+    demo: Daemon, serve: Callable[..., Daemon]
+) -> None:
+    requests = bodies(8, temperature=1.3, seed=lambda i: 2000 + i)
+    expected = together(demo, requests)
+    daemon = serve("demo", "--dtype", "float32", "--threads", "1")
+    # In another order, then once more with all of their prompts cached.
+    assert together(daemon, requests[::-1]) == expected[::-1]
+    assert [text(daemon, body) for body in requests] == expected
+    assert daemon.metric("quantd_prefix_hit_tokens_total") > 0
+
+
 def test_a_pool_so_small_that_requests_are_preempted(
     demo: Daemon, serve: Callable[..., Daemon]
 ) -> None:

@@ -613,6 +613,19 @@ async def test_a_conversation_grows(served: Served) -> None:
     assert (await served.get(f"{URL}/{reply['id']}"))[0] == 200
 
 
+async def test_pages_of_a_conversation_walk_it_in_both_directions(served: Served) -> None:
+    items = [{"role": "user", "content": f"{number}"} for number in range(7)]
+    made = await conversation(served, items=items)
+    for order, expected in (("asc", "0123456"), ("desc", "6543210"), ("", "6543210")):
+        seen, after, has_more = "", "", True
+        while has_more:
+            query = f"limit=3{order and '&order=' + order}{after and '&after=' + after}"
+            _, page = await served.get(f"/v1/conversations/{made['id']}/items?{query}")
+            seen += "".join(item["content"][0]["text"] for item in page["data"])
+            after, has_more = page["last_id"], page["has_more"]
+        assert seen == expected
+
+
 async def test_responses_in_one_conversation_take_turns(served: Served) -> None:
     made = await conversation(served)
     running = 0

@@ -466,6 +466,18 @@ async def test_reasoning_that_is_cut_off(served: Served) -> None:
     assert reply["usage"]["completion_tokens_details"]["reasoning_tokens"] == 5
 
 
+async def test_a_stop_string_ends_reasoning_too_and_never_shows(served: Served) -> None:
+    whole = {key: value for key, value in THINK.items() if not key.startswith("stream")}
+    for stop, reasoning in ((" is", "It"), ("\u00e9", "It is ")):
+        served.engine.answer = lambda request: spoken(THOUGHT + "Hello", "stop")
+        choice = (await reply_to(served, {**whole, "stop": stop}))["choices"][0]
+        message = choice["message"]
+        assert (message["reasoning"], message["content"]) == (reasoning, None)
+        assert choice["finish_reason"] == "stop"
+        streamed = added_up(await served.chunks(CHAT, {**THINK, "stop": stop}))
+        assert (streamed["reasoning"], streamed["content"]) == (reasoning, "")
+
+
 async def test_reasoning_then_a_call(served: Served) -> None:
     served.engine.answer = lambda request: spoken(THOUGHT + CALLS, "stop")
     reply = await reply_to(served, {**ASK, "chat_template_kwargs": {"think": True}})
