@@ -147,7 +147,7 @@ class RunningPeer:
     def peak_mebibytes(self) -> int:
         """Peak resident memory of the server's process and its children, added up."""
         assert self._process is not None
-        return sum(_high_water(pid) for pid in _tree(self._process.pid)) // 1024
+        return sum(_high_water(pid) for pid in tree(self._process.pid)) // 1024
 
     def _first_token(self, deadline: float) -> None:
         assert self._process is not None
@@ -186,7 +186,8 @@ def _free_port() -> int:
         return port
 
 
-def _tree(pid: int) -> list[int]:
+def tree(pid: int) -> list[int]:
+    """A process and its descendants."""
     pids = [pid]
     for parent in pids:
         try:

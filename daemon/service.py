@@ -30,6 +30,7 @@ _log = structlog.get_logger("quantd.service")
 _CLOSE_SECONDS = 5.0
 """How long each step of the end may take beside what runs: ending workers, last bytes."""
 _FREEZE_SECONDS = 1.0
+_COLLECT_AFTER = 20_000
 
 OnModels = Callable[["list[ModelStatus]"], None]
 """Called with all models whenever one changes its state or gets on with loading."""
@@ -108,7 +109,7 @@ class Service:
         self._start_watchdog()
         self._fleet.preload()
         self._state.resume()
-        asyncio.get_running_loop().call_later(_FREEZE_SECONDS, _freeze)
+        asyncio.get_running_loop().call_later(_FREEZE_SECONDS, settle)
         return faces
 
     async def _open_faces(self, listeners: list[Listener], metrics: Metrics) -> Faces:
@@ -254,11 +255,13 @@ def _allow_connections() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _freeze() -> None:
+def settle() -> None:
     """What is there by now stays: without this, every full collection would look at it again. Not
-    at once, because it takes a while and the first client is waiting."""
+    at once, because it takes a while and the first client is waiting. A token's objects are in no
+    cycle and go without the collector, so it need not look after every 700 of them."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(_COLLECT_AFTER)
 
 
 def summary(models: list[ModelStatus]) -> str:

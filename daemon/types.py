@@ -102,7 +102,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     """The k most likely (token, logprob), most likely first."""
 
 
-class TokenEvent(msgspec.Struct, frozen=True):
+class TokenEvent(msgspec.Struct, frozen=True, gc=False):
     """What a stream delivers: tokens since the last event, in order; the last one has a reason."""
 
     tokens: tuple[int, ...] = ()
@@ -231,7 +231,7 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     """See `Request.second`."""
 
 
-class Chunk(msgspec.Struct, frozen=True, array_like=True):
+class Chunk(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Compute positions [start, stop) of one sequence.
 
     The tokens are the worker's own copy: it appends each token that it samples, so a decode is
@@ -318,7 +318,7 @@ class ReleaseMemory(msgspec.Struct, frozen=True, tag="release"):
     blocks: tuple[tuple[int, int], ...]
 
 
-class Sampled(msgspec.Struct, frozen=True, array_like=True):
+class Sampled(msgspec.Struct, frozen=True, array_like=True, gc=False):
     seq: int
     token: int
     logprob: TokenLogprob | None = None

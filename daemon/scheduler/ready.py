@@ -49,6 +49,8 @@ class ReadyQueue:
 
     def first(self) -> Sequence | None:
         """Whose turn it is: by rank, then of the caller who has had least, then by the policy."""
+        if not self._num_waiting:
+            return None
         heads = [(own.first(), caller) for caller, own in self._by_caller.items()]
         turns = [
             (self._policy.rank(head[1]), self.shares.used(caller), head[0], head[1].id, head[1])

@@ -8,7 +8,7 @@ from quantd.daemon.scheduler.sequence import Sequence
 from quantd.daemon.types import FinishReason, PromptLogprobs, Sampled, TokenLogprob
 
 
-class SequenceUpdate(msgspec.Struct, frozen=True):
+class SequenceUpdate(msgspec.Struct, frozen=True, gc=False):
     """What one step brought to one sequence: a token, or its end by an error."""
 
     seq: Sequence

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from quantd.daemon.errors import RequestError
 from quantd.daemon.text.detokenizer import detokenizer
@@ -11,8 +11,7 @@ from quantd.daemon.text.stop import StopMatcher
 from quantd.daemon.text.tokenizer import TextModel
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
+class TextDelta(NamedTuple):
     text: str
     """To be appended to what was shown; may be empty."""
     tokens_consumed: int
