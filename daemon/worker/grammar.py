@@ -1,7 +1,8 @@
 """Masks for the sequences that have a grammar, made while the model runs.
 
 A sequence's matcher advances when its token is sampled, and the mask for the next one is begun at
-once: it is ready when the next step's logits are. What a mask allows depends on the grammar and
+once: while the result goes out and its tokens become text, and then beside the next step. What a
+mask allows depends on the grammar and
 the output alone, so that a preempted sequence, whose matcher is made again from its tokens, goes on
 as it would have.
 
@@ -52,8 +53,8 @@ _MAX_MASK_THREADS = 4
 
 CPU_HEAD_START = 0.002
 """Where the model runs on the same cores: a thread beside its own takes one of them from it for
-several milliseconds, whatever little it has to do. Most steps' masks are done in this time, and
-what takes longer goes on beside the model."""
+several milliseconds, whatever little it has to do. So the next step waits for masks that long;
+most steps' are done by then, and what takes longer goes on beside the model."""
 
 
 class GrammarError(Exception):
@@ -136,6 +137,9 @@ class Grammars:
         self._thread = ThreadPoolExecutor(1, "grammar-masks")
         self._building = threading.Lock()
         self._timing = _NOTHING
+        self._begun: Future[_Masks] | None = None
+        """Of the last `advance`."""
+        self._waited = 0.0
 
     def set_table(self, table: TokenTable) -> None:
         """Before any grammar; the tokenizer is made of it with the first one."""
@@ -189,8 +193,9 @@ class Grammars:
             if constraint.error is None:
                 found[i] = masks.bits[constraint.row]
         if seconds:
-            waited = time.perf_counter() - started
+            waited = self._waited + time.perf_counter() - started
             self._timing = MaskTiming(len(found), sum(seconds.values()), waited)
+        self._waited = 0.0
         return found
 
     def advance(
@@ -208,8 +213,17 @@ class Grammars:
             masks = self._thread.submit(partial(self._masks, going))
             for row, constraint in enumerate(going):
                 constraint.masks, constraint.row = masks, row
-            wait([masks], self._head_start)
+            self._begun = masks
         return said
+
+    def let_ahead(self) -> None:
+        """Before the model runs: what the last step has begun may take the head start. Not in
+        `advance`, because the result of that step is on its way only now."""
+        if self._begun is not None and not self._begun.done():
+            started = time.perf_counter()
+            wait([self._begun], self._head_start)
+            self._waited = time.perf_counter() - started
+        self._begun = None
 
     def take_timing(self) -> MaskTiming:
         """Of the masks that were waited for since the last call."""

@@ -172,6 +172,7 @@ class Runner:
         sampled: list[Sampled] = []
         logprobs: tuple[PromptLogprobs, ...] = ()
         if plan.chunks:
+            self._grammars.let_ahead()
             sampled, logprobs = self._run(plan.chunks)
         masks = self._grammars.take_timing()
         seconds = time.perf_counter() - started

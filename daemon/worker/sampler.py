@@ -29,8 +29,8 @@ _GREEDY_BELOW = 1e-5
 _LOGPROB_ROWS = 16
 """Rows whose log-probabilities are in float32 at once: 8 MB at a vocabulary of 128k."""
 
-_MASK_ROWS = 16
-"""Rows whose masks are four bytes per token at once."""
+_MASK_TOKENS = 1 << 21
+"""Of how many tokens' masks are a byte each at once: 16 rows at a vocabulary of 128k."""
 
 Bits = NDArray[np.int32]
 """A grammar's mask [ceil(V / 32)]: bit i % 32 of word i // 32 is set where token i is allowed."""
@@ -140,8 +140,9 @@ class Sampler:
 def _apply_masks(work: Tensor, masks: Sequence[Bits | None]) -> None:
     """work: float32 [m, V], in place. A few rows at a time, as each bit becomes a number."""
     masked = [(i, bits) for i, bits in enumerate(masks) if bits is not None]
-    for start in range(0, len(masked), _MASK_ROWS):
-        part = masked[start : start + _MASK_ROWS]
+    num_rows = max(1, _MASK_TOKENS // work.shape[1])
+    for start in range(0, len(masked), num_rows):
+        part = masked[start : start + num_rows]
         allowed = _unpacked(np.stack([bits for _, bits in part]), work)
         first, last = part[0][0], part[-1][0]
         if last - first == len(part) - 1:
