@@ -31,6 +31,8 @@ _CLOSE_SECONDS = 5.0
 """How long each step of the end may take beside what runs: ending workers, last bytes."""
 _FREEZE_SECONDS = 1.0
 _COLLECT_AFTER = 20_000
+_OPEN_FILES = 65_536
+"""As the unit file has it."""
 
 OnModels = Callable[["list[ModelStatus]"], None]
 """Called with all models whenever one changes its state or gets on with loading."""
@@ -251,8 +253,10 @@ class Service:
 
 def _allow_connections() -> None:
     """A file for each: shells' soft limit of 1,024 is for programs that call select()."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def settle() -> None:

@@ -106,12 +106,18 @@ def test_1000_clients_that_leave_lose_no_block_and_stall_nobody(
             async with limit:
                 await _leave(session, daemon.url, rng)
 
-        connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(connector=connector) as session:
-            bystander = asyncio.create_task(stream(session, daemon.url, max_tokens=1000))
+        tcp, unix = (
+            aiohttp.TCPConnector(limit=0),
+            aiohttp.UnixConnector(str(daemon.socket), limit=0),
+        )
+        async with (
+            aiohttp.ClientSession(connector=tcp) as over_tcp,
+            aiohttp.ClientSession(connector=unix) as over_unix,
+        ):
+            bystander = asyncio.create_task(stream(over_tcp, daemon.url, max_tokens=1000))
             async with asyncio.TaskGroup() as group:
-                for _ in range(1000):
-                    group.create_task(one(session))
+                for number in range(1000):
+                    group.create_task(one(over_unix if number % 2 else over_tcp))
             return await bystander
 
     last = asyncio.run(leave_all())
