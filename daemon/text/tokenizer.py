@@ -244,6 +244,9 @@ class TextModel:
         return self.format.grammar(self._end_of(prompt), tools, content, self.special_marks)
 
     def _end_of(self, prompt: Sequence[int]) -> str:
+        """Where nothing but marks of reasoning is looked for; without these it is not decoded."""
+        if self.format.marks is None:
+            return ""
         return self.decode(prompt[-_END_TOKENS:], skip_special_tokens=False)
 
     def _id(self, token: str | None, otherwise: int | None) -> int | None:

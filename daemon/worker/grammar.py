@@ -1,15 +1,14 @@
 """Masks for the sequences that have a grammar, made while the model runs.
 
-A sequence's matcher advances when its token is sampled, and the mask for the next one is begun at
-once: while the result goes out and its tokens become text, and then beside the next step. What a
-mask allows depends on the grammar and
-the output alone, so that a preempted sequence, whose matcher is made again from its tokens, goes on
-as it would have.
+A sequence's matcher advances when its token is sampled, and the mask for the next one is made
+beside the next step, so that it is ready when that one's logits are. What a mask allows depends on
+the grammar and the output alone, so that a preempted sequence, whose matcher is made again from its
+tokens, goes on as it would have.
 
 Three threads are at work. The worker's own calls everything here. `masks` makes matchers and
-masks, in the order of the steps; `compiler` makes grammars ready for sequences that are still
-to come, which no step waits for. Building the tokenizer keeps Python's lock: the one step beside
-it takes so much longer, 0.3 s for 128k tokens, once.
+the masks that the own one leaves to it, in the order of the steps; `compiler` makes grammars ready
+for sequences that are still to come, which no step waits for. Building the tokenizer keeps Python's
+lock: the one step beside it takes so much longer, 0.3 s for 128k tokens, once.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -49,12 +48,16 @@ _MAX_CACHED_SECONDS = 4.0
 has; it grows with this time, some 200 MB in a second."""
 
 _MAX_MASK_THREADS = 4
+_OWN_AT_ONCE = 8
+"""Masks on the worker's thread between two looks at the clock."""
+
+CPU_OWN_SECONDS = 0.002
+"""Where the model runs on the same cores, the worker's own thread makes masks before the step for
+so long; most steps' are done by then. A thread beside the model takes a core from it for several
+milliseconds, whatever little it has to do, and on busy cores it takes as long to begin."""
 
 
-CPU_HEAD_START = 0.002
-"""Where the model runs on the same cores: a thread beside its own takes one of them from it for
-several milliseconds, whatever little it has to do. So the next step waits for masks that long;
-most steps' are done by then, and what takes longer goes on beside the model."""
+Fill = Callable[["Sequence[LLMatcher]", Bits], None]
 
 
 class GrammarError(Exception):
@@ -125,10 +128,10 @@ class Constraint:
 class Grammars:
     """The grammars of one loaded model. The worker's own thread only."""
 
-    def __init__(self, vocab_size: int, head_start: float = 0.0) -> None:
-        """head_start: seconds that masks may take before the next step begins."""
+    def __init__(self, vocab_size: int, own_seconds: float = 0.0) -> None:
+        """own_seconds: how long masks are made on the worker's thread before a step."""
         self._vocab_size = vocab_size
-        self._head_start = head_start
+        self._own_seconds = own_seconds
         self._table: TokenTable | None = None
         self._tokenizer: LLTokenizer | None = None
         self._executor: LLExecutor | None = None
@@ -137,9 +140,10 @@ class Grammars:
         self._thread = ThreadPoolExecutor(1, "grammar-masks")
         self._building = threading.Lock()
         self._timing = _NOTHING
-        self._begun: Future[_Masks] | None = None
+        self._unbegun: list[Constraint] = []
         """Of the last `advance`."""
-        self._waited = 0.0
+        self._own = 0.0
+        """Seconds spent on the worker's thread for the step at hand."""
 
     def set_table(self, table: TokenTable) -> None:
         """Before any grammar; the tokenizer is made of it with the first one."""
@@ -176,6 +180,7 @@ class Grammars:
 
     def wait(self, constraints: Sequence[Constraint | None]) -> dict[int, Bits]:
         """The masks of those that can go on: row -> bits."""
+        self.begin()
         started = time.perf_counter()
         found: dict[int, Bits] = {}
         seconds: dict[int, float] = {}
@@ -193,37 +198,38 @@ class Grammars:
             if constraint.error is None:
                 found[i] = masks.bits[constraint.row]
         if seconds:
-            waited = self._waited + time.perf_counter() - started
+            waited = self._own + time.perf_counter() - started
             self._timing = MaskTiming(len(found), sum(seconds.values()), waited)
-        self._waited = 0.0
+        self._own = 0.0
         return found
 
     def advance(
         self, constraints: Sequence[Constraint | None], sampled: Sequence[Sampled]
     ) -> list[Sampled]:
-        """Takes in what was sampled with the masks of `wait`, and begins the next ones. Gives it
-        back with what the grammars say: ends and errors."""
+        """Takes in what was sampled with the masks of `wait`. Gives it back with what the grammars
+        say: ends and errors."""
         said, going = list(sampled), []
         for i, constraint in enumerate(constraints):
             if constraint is not None:
                 said[i] = constraint.advance(sampled[i])
                 if constraint.error is None:
                     going.append(constraint)
-        if going:
-            masks = self._thread.submit(partial(self._masks, going))
-            for row, constraint in enumerate(going):
-                constraint.masks, constraint.row = masks, row
-            self._begun = masks
+        self._unbegun = going
         return said
 
-    def let_ahead(self) -> None:
-        """Before the model runs: what the last step has begun may take the head start. Not in
-        `advance`, because the result of that step is on its way only now."""
-        if self._begun is not None and not self._begun.done():
-            started = time.perf_counter()
-            wait([self._begun], self._head_start)
-            self._waited = time.perf_counter() - started
-        self._begun = None
+    def begin(self) -> None:
+        """Begins the masks after the last `advance`, to be called before the model runs. Not done
+        by `advance`, after which the step's result can go out first."""
+        left, self._unbegun = self._unbegun, []
+        started = time.perf_counter()
+        while left and self._own < self._own_seconds:
+            some, left = left[:_OWN_AT_ONCE], left[_OWN_AT_ONCE:]
+            done: Future[_Masks] = Future()
+            done.set_result(self._masks(some, self._fill))
+            _give(some, done)
+            self._own = time.perf_counter() - started
+        if left:
+            _give(left, self._thread.submit(self._masks, left, self._fill_side_by_side))
 
     def take_timing(self) -> MaskTiming:
         """Of the masks that were waited for since the last call."""
@@ -234,29 +240,42 @@ class Grammars:
         self._compiler.shutdown(cancel_futures=True)
         self._thread.shutdown(cancel_futures=True)
 
-    # --- on the masks' thread ----------------------------------------------------------------
+    # --- on either thread --------------------------------------------------------------------
 
     def _first_mask(self, constraint: Constraint, grammar: Grammar, output: list[int]) -> _Masks:
         constraint.matcher = matcher = self._matcher(grammar)
         if not matcher.consume_tokens(output):
             raise GrammarError(_error_of(matcher))
-        return self._masks([constraint])
+        return self._masks([constraint], self._fill)
 
-    def _masks(self, constraints: Sequence[Constraint]) -> _Masks:
-        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
+    def _masks(self, constraints: Sequence[Constraint], fill: Fill) -> _Masks:
+        from llguidance.numpy import allocate_token_bitmask
 
         started = time.perf_counter()
-        if self._executor is None:
-            self._executor = _executor()
         matchers = [c.matcher for c in constraints if c.matcher is not None]
         assert len(matchers) == len(constraints)
         bits = allocate_token_bitmask(len(matchers), self._width)
-        numbered = [(matcher, row) for row, matcher in enumerate(matchers)]
-        fill_next_token_bitmask_par(self._executor, numbered, bits)
+        fill(matchers, bits)
         errors = [_error_of(matcher) for matcher in matchers]
         for row, constraint in enumerate(constraints):
             constraint.hide_ends(bits[row])
         return _Masks(bits, errors, time.perf_counter() - started)
+
+    @staticmethod
+    def _fill(matchers: Sequence[LLMatcher], bits: Bits) -> None:
+        from llguidance.numpy import fill_next_token_bitmask
+
+        for row, matcher in enumerate(matchers):
+            fill_next_token_bitmask(matcher, bits, row)
+
+    def _fill_side_by_side(self, matchers: Sequence[LLMatcher], bits: Bits) -> None:
+        """On the masks' thread only."""
+        from llguidance.numpy import fill_next_token_bitmask_par
+
+        if self._executor is None:
+            self._executor = _executor()
+        numbered = [(matcher, row) for row, matcher in enumerate(matchers)]
+        fill_next_token_bitmask_par(self._executor, numbered, bits)
 
     # --- on both ---------------------------------------------------------------------------------
 
@@ -346,6 +365,11 @@ class _Cache:
     def _is_over(self) -> bool:
         taken = sum(seconds for _, seconds in self._matchers.values())
         return len(self._matchers) > _MAX_CACHED or taken > _MAX_CACHED_SECONDS
+
+
+def _give(constraints: Sequence[Constraint], masks: Future[_Masks]) -> None:
+    for row, constraint in enumerate(constraints):
+        constraint.masks, constraint.row = masks, row
 
 
 def _executor() -> LLExecutor:

@@ -31,7 +31,7 @@ from quantd.daemon.types import (
     TokenTable,
 )
 from quantd.daemon.worker.disk import DiskTier
-from quantd.daemon.worker.grammar import CPU_HEAD_START, Constraint, Grammars
+from quantd.daemon.worker.grammar import CPU_OWN_SECONDS, Constraint, Grammars
 from quantd.daemon.worker.host import HostPool
 from quantd.daemon.worker.load import Model, load_model
 from quantd.daemon.worker.loader import Progress
@@ -110,8 +110,8 @@ class Runner:
     ) -> None:
         self._model: Model = load_model(load, on_progress, pooling)
         self._sampler = Sampler(self._model.info.vocab_size)
-        head_start = CPU_HEAD_START if self._model.device.type == "cpu" else 0.0
-        self._grammars = Grammars(self._model.info.vocab_size, head_start)
+        own_seconds = CPU_OWN_SECONDS if self._model.device.type == "cpu" else 0.0
+        self._grammars = Grammars(self._model.info.vocab_size, own_seconds)
         self._sequences: dict[int, _Sequence] = {}
         self._host = HostPool(self._model.pools, self.info.num_host_blocks)
         self._disk_folder, self._disk_bytes = load.disk_kv_path, load.disk_kv_bytes
@@ -172,7 +172,7 @@ class Runner:
         sampled: list[Sampled] = []
         logprobs: tuple[PromptLogprobs, ...] = ()
         if plan.chunks:
-            self._grammars.let_ahead()
+            self._grammars.begin()
             sampled, logprobs = self._run(plan.chunks)
         masks = self._grammars.take_timing()
         seconds = time.perf_counter() - started

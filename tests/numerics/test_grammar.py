@@ -36,10 +36,12 @@ Want = Callable[[int], Tensor]
 class Decoding:
     """Sequences through Grammars and the sampler, as the runner has them, without a model."""
 
-    def __init__(self, text: TextModel, vocab_size: int | None = None) -> None:
+    def __init__(
+        self, text: TextModel, vocab_size: int | None = None, own_seconds: float = 0.0
+    ) -> None:
         self.text = text
         self.vocab_size = vocab_size or text.vocab_size
-        self.grammars = Grammars(self.vocab_size)
+        self.grammars = Grammars(self.vocab_size, own_seconds)
         self.grammars.set_table(text.token_table())
         self.sampler = Sampler(self.vocab_size)
 
@@ -89,9 +91,10 @@ def allowed_by(bits: Any, vocab_size: int) -> set[int]:
     return {i for i in range(vocab_size) if int(bits[i // 32]) >> (i % 32) & 1}
 
 
-@pytest.fixture(scope="module")
-def demo() -> Iterator[Decoding]:
-    decoding = Decoding(TextModel.load(DEMO))
+@pytest.fixture(scope="module", params=[0.0, 1e-9], ids=["beside", "first eight by itself"])
+def demo(request: pytest.FixtureRequest) -> Iterator[Decoding]:
+    """Both ways of making masks."""
+    decoding = Decoding(TextModel.load(DEMO), own_seconds=request.param)
     yield decoding
     decoding.grammars.close()
 
