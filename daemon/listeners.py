@@ -85,7 +85,8 @@ class Faces:
         for listener in listeners:
             # aiohttp's SockSite takes no Unix socket under uvloop.
             create = loop.create_unix_server if listener.is_unix else loop.create_server
-            server = await create(make_connection, sock=listener.sock)
+            # It listens again, by itself with 100: the next client of a Unix socket is refused.
+            server = await create(make_connection, sock=listener.sock, backlog=sockets.BACKLOG)
             (self._inherited if listener.inherited else self._own).append(server)
 
     def release_inherited(self) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from quantd.daemon.errors import ConfigError
 
-BACKLOG = 1024
+BACKLOG = 4096
+"""Clients that connect while the event loop is at something else; the kernel has its own bound."""
 _FIRST_INHERITED_FD = 3
 _PATH_LIMIT = 107
 """sockaddr_un.sun_path is 108 bytes, the last one a zero."""

@@ -8,11 +8,17 @@ import stat
 import subprocess
 import sys
 import uuid
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import uvloop
+from aiohttp import web
 
+from quantd.daemon.config import ServerSettings
 from quantd.daemon.errors import ConfigError
+from quantd.daemon.listeners import Faces, open_listeners
+from quantd.daemon.server.app import create_runner
 from quantd.daemon.server.sockets import bind_tcp, bind_unix, inherited, remove_unix
 
 
@@ -162,3 +168,28 @@ def test_a_descriptor_that_is_no_listening_socket(tmp_path: Path) -> None:
         assert "descriptor 3 (x) is no socket" in _run_child([opened.fileno()], "x")
     with socket.socket() as fresh:
         assert "not a listening" in _run_child([fresh.fileno()], "x")
+
+
+def test_a_thousand_may_connect_while_the_loop_is_busy(tmp_path: Path) -> None:
+    """uvloop listens once more, and by itself for a hundred."""
+
+    async def connect() -> int:
+        settings = ServerSettings(port=0, socket=tmp_path / "s")
+        listeners, faces = open_listeners(settings), Faces()
+        try:
+            await faces.add(create_runner(web.Application()), listeners)
+            with ExitStack() as stack:
+                for number in range(1000):  # nothing is awaited, so nobody is accepted
+                    client = stack.enter_context(socket.socket(socket.AF_UNIX))
+                    client.setblocking(False)
+                    try:
+                        client.connect(str(tmp_path / "s"))
+                    except BlockingIOError:
+                        return number
+                return 1000
+        finally:
+            await faces.close()
+            for listener in listeners:
+                listener.close()
+
+    assert uvloop.run(connect()) == min(1000, int(Path("/proc/sys/net/core/somaxconn").read_text()))
