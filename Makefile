@@ -94,8 +94,9 @@ imports: $(VENV)/.dev  ## who may import whom
 
 check: lint types imports test test-triton test-portable  ## everything that CI runs
 
-fuzz: $(VENV)/.dev  ## 100,000 mutated headers of GGUF and safetensors files
+fuzz: $(VENV)/.dev  ## 100,000 mutated headers of model files; 1,000 requests to each route
 	PYTHONPATH=tests $(BIN)/python tests/fuzz/fuzz_headers.py --count 100000
+	PYTHONPATH=tests $(BIN)/python tests/fuzz/fuzz_openapi.py --examples 1000
 
 bench: $(VENV)/.dev  ## the server's benchmarks on this machine
 	$(BIN)/python benchmarks/serve.py

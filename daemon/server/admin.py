@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import structlog
@@ -16,7 +16,9 @@ from quantd.daemon.config.rules import Size
 from quantd.daemon.errors import ConfigError, RequestError
 from quantd.daemon.server.body import read_body
 from quantd.daemon.server.context import CONTEXT
+from quantd.daemon.server.limits import shown_as
 from quantd.daemon.server.models import json_response
+from quantd.daemon.types import ModelInfo
 
 if TYPE_CHECKING:
     from quantd.daemon.engine import Engine
@@ -26,6 +28,86 @@ _log = structlog.get_logger("quantd.admin")
 
 class ModelBody(msgspec.Struct):
     model: str
+
+
+class ModelState(msgspec.Struct):
+    model: str
+    state: str
+
+
+class Changes(msgspec.Struct):
+    changes: list[str]
+    """A line for each."""
+
+
+class Draining(msgspec.Struct):
+    status: str
+
+
+class ModelDetails(msgspec.Struct):
+    """What `quantd ps` shows of a model; its engine's numbers are in /admin/state."""
+
+    name: str
+    path: str
+    state: str
+    reason: str | None
+    """Why it failed; while it is loading again, why it had to."""
+    stage: str
+    """What loading is at; empty unless it is loading."""
+    progress: float
+    """Of that stage, 0 to 1."""
+    retry_seconds: float | None
+    """When a failed model is tried again; null: not by itself."""
+    info: ModelInfo | None
+    aliases: Sequence[str]
+    max_context: int | None
+    created: int
+    num_leases: int
+    pid: int | None
+
+
+class ModelStates(msgspec.Struct):
+    models: list[ModelDetails]
+
+
+class EngineState(msgspec.Struct):
+    running: int
+    waiting: int
+    kv: Annotated[dict[str, Any], shown_as("quantd.daemon.kv.stats.KvStats")]
+    preemptions: Mapping[str, int]
+    """By reason."""
+    steps: int
+    finished: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    requests: list[Annotated[dict[str, Any], shown_as("quantd.daemon.engine.stats.RequestState")]]
+
+
+class DaemonState(msgspec.Struct):
+    uptime_seconds: float
+    engines: dict[str, EngineState]
+    """By model."""
+
+
+class Recount(msgspec.Struct):
+    wrong: dict[str, str]
+    """What does not hold, by model."""
+
+
+class BatchState(msgspec.Struct):
+    id: str
+    caller: str
+    status: str
+    model: str | None
+    endpoint: str
+    total: int
+    completed: int
+    failed: int
+
+
+class Batches(msgspec.Struct):
+    batches: list[BatchState]
 
 
 _MODEL = msgspec.json.Decoder(ModelBody)
@@ -50,18 +132,23 @@ async def reload(request: web.Request) -> web.Response:
         changes = await request.app[ACTIONS].reload()
     except ConfigError as error:
         raise RequestError(error.message, code="config_error") from None
-    return json_response({"changes": changes})
+    return json_response(Changes(changes))
 
 
 async def drain(request: web.Request) -> web.Response:
     request.app[ACTIONS].drain()
-    return json_response({"status": "draining"}, status=202)
+    return json_response(Draining("draining"), status=202)
 
 
 async def models(request: web.Request) -> web.Response:
     """Everything there is to know of each model, for `quantd ps`."""
     statuses = request.app[CONTEXT].fleet.models()
-    return json_response({"models": [status._asdict() for status in statuses]})
+    names = ModelDetails.__struct_fields__
+    return json_response(
+        ModelStates(
+            [ModelDetails(**{name: getattr(status, name) for name in names}) for status in statuses]
+        )
+    )
 
 
 async def load_model(request: web.Request) -> web.Response:
@@ -69,7 +156,7 @@ async def load_model(request: web.Request) -> web.Response:
     body = await read_body(request, _MODEL)
     fleet = request.app[CONTEXT].fleet
     await fleet.load(body.model)
-    return json_response({"model": fleet.resolve(body.model), "state": "ready"})
+    return json_response(ModelState(fleet.resolve(body.model), "ready"))
 
 
 async def unload_model(request: web.Request) -> web.Response:
@@ -77,7 +164,7 @@ async def unload_model(request: web.Request) -> web.Response:
     body = await read_body(request, _MODEL)
     fleet = request.app[CONTEXT].fleet
     await fleet.unload(body.model)
-    return json_response({"model": fleet.resolve(body.model), "state": "cold"})
+    return json_response(ModelState(fleet.resolve(body.model), "cold"))
 
 
 async def state(request: web.Request) -> web.Response:
@@ -86,17 +173,17 @@ async def state(request: web.Request) -> web.Response:
     context = request.app[CONTEXT]
     engines = {name: context.fleet.engine_of(name) for name in context.fleet.loaded()}
     return json_response(
-        {
-            "uptime_seconds": context.clock.monotonic() - context.started,
-            "engines": {name: _state(engine) for name, engine in engines.items()},
-        }
+        DaemonState(
+            context.clock.monotonic() - context.started,
+            {name: _state(engine) for name, engine in engines.items()},
+        )
     )
 
 
-def _state(engine: Engine) -> dict[str, object]:
+def _state(engine: Engine) -> EngineState:
     stats = engine.stats()
     requests = [line._asdict() for line in engine.requests()]
-    return {**stats._asdict(), "kv": stats.kv._asdict(), "requests": requests}
+    return EngineState(**{**stats._asdict(), "kv": stats.kv._asdict(), "requests": requests})
 
 
 async def check(request: web.Request) -> web.Response:
@@ -110,7 +197,7 @@ async def check(request: web.Request) -> web.Response:
         except AssertionError:
             _log.exception("a recount found what does not hold", model=name)
             wrong[name] = traceback.format_exc(limit=-1)
-    return json_response({"wrong": wrong}, status=500 if wrong else 200)
+    return json_response(Recount(wrong), status=500 if wrong else 200)
 
 
 async def batches(request: web.Request) -> web.Response:
@@ -118,19 +205,19 @@ async def batches(request: web.Request) -> web.Response:
     state = request.app[CONTEXT].state
     found = await state.store.batches.unfinished() if state.num_batches else []
     shown = [
-        {
-            "id": batch.id,
-            "caller": batch.owner,
-            "status": batch.status,
-            "model": batch.model,
-            "endpoint": batch.endpoint,
-            "total": batch.total,
-            "completed": batch.completed,
-            "failed": batch.failed,
-        }
+        BatchState(
+            id=batch.id,
+            caller=batch.owner,
+            status=batch.status,
+            model=batch.model,
+            endpoint=batch.endpoint,
+            total=batch.total,
+            completed=batch.completed,
+            failed=batch.failed,
+        )
         for batch in found
     ]
-    return json_response({"batches": shown})
+    return json_response(Batches(shown))
 
 
 class KvBody(msgspec.Struct):

@@ -14,6 +14,7 @@ import msgspec
 from aiohttp import web
 
 from quantd.daemon.errors import RequestError
+from quantd.daemon.server import limits
 from quantd.daemon.server.body import decode, read_body
 from quantd.daemon.server.context import Asker, asker
 from quantd.daemon.server.filtered import PromptResult, Results, prompt_results, results_of
@@ -25,7 +26,6 @@ from quantd.daemon.server.prompts import Change, Prompt, map_json, map_messages
 from quantd.daemon.server.reply import ReplyMessage, delta_member, message
 from quantd.daemon.server.retry import collect_valid
 from quantd.daemon.server.sampling import (
-    MAX_LOGPROBS,
     Options,
     integer,
     read_options,
@@ -59,10 +59,10 @@ class ChatChoice(msgspec.Struct):
     logprobs: ChatLogprobs | None
     finish_reason: str
     stop_reason: str | int | None
-    token_ids: list[int] | msgspec.UnsetType
-    tool_call_retries: int | msgspec.UnsetType
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    tool_call_retries: int | msgspec.UnsetType = msgspec.UNSET
     """How often it was made again because of a call that was not valid."""
-    content_filter_results: Results | msgspec.UnsetType
+    content_filter_results: Results | msgspec.UnsetType = msgspec.UNSET
     """Only under a policy that has found something in it."""
 
 
@@ -72,9 +72,9 @@ class ChatReply(msgspec.Struct):
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    service_tier: str | msgspec.UnsetType
-    prompt_token_ids: Sequence[int] | msgspec.UnsetType
-    prompt_filter_results: list[PromptResult] | msgspec.UnsetType
+    service_tier: str | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: Sequence[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_filter_results: list[PromptResult] | msgspec.UnsetType = msgspec.UNSET
     object: str = "chat.completion"
 
 
@@ -113,8 +113,8 @@ def read_options_of(body: ChatBody) -> Options:
     for name in ("max_tokens", "max_completion_tokens"):
         value = getattr(body, name)
         if value is not None:
-            max_tokens = integer(name, value, 1, 1)
-    num_top = integer("top_logprobs", body.top_logprobs, 0, 0, MAX_LOGPROBS)
+            max_tokens = integer(name, value, 1, limits.POSITIVE)
+    num_top = integer("top_logprobs", body.top_logprobs, 0, limits.LOGPROBS)
     if num_top and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     tools = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)

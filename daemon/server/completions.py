@@ -13,6 +13,7 @@ import msgspec
 from aiohttp import web
 
 from quantd.daemon.errors import RequestError
+from quantd.daemon.server import limits
 from quantd.daemon.server.body import decode, read_body
 from quantd.daemon.server.choice import Delta, TokenEntry
 from quantd.daemon.server.context import Asker, asker
@@ -23,7 +24,6 @@ from quantd.daemon.server.messages import off_loop
 from quantd.daemon.server.models import json_response
 from quantd.daemon.server.prompts import Change, Prompt, Texts
 from quantd.daemon.server.sampling import (
-    MAX_LOGPROBS,
     Options,
     integer,
     read_options,
@@ -50,9 +50,9 @@ class CompletionChoice(msgspec.Struct):
     logprobs: CompletionLogprobs | None
     finish_reason: str
     stop_reason: str | int | None
-    token_ids: list[int] | msgspec.UnsetType
-    prompt_token_ids: Sequence[int] | msgspec.UnsetType
-    content_filter_results: Results | msgspec.UnsetType
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: Sequence[int] | msgspec.UnsetType = msgspec.UNSET
+    content_filter_results: Results | msgspec.UnsetType = msgspec.UNSET
 
 
 class CompletionReply(msgspec.Struct):
@@ -61,8 +61,8 @@ class CompletionReply(msgspec.Struct):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
-    service_tier: str | msgspec.UnsetType
-    prompt_filter_results: list[PromptResult] | msgspec.UnsetType
+    service_tier: str | msgspec.UnsetType = msgspec.UNSET
+    prompt_filter_results: list[PromptResult] | msgspec.UnsetType = msgspec.UNSET
     object: str = "text_completion"
 
 
@@ -94,11 +94,11 @@ async def _answer(
 def _read_options(body: CompletionBody) -> Options:
     refuse_unserved(body, _UNSERVED)
     # With echo, 0 asks for the prompt and its logprobs alone.
-    low = 0 if body.echo else 1
-    max_tokens = integer("max_tokens", body.max_tokens, DEFAULT_MAX_TOKENS, low)
+    within = limits.NATURAL if body.echo else limits.POSITIVE
+    max_tokens = integer("max_tokens", body.max_tokens, DEFAULT_MAX_TOKENS, within)
     logprobs = None
     if body.logprobs is not None:
-        logprobs = integer("logprobs", body.logprobs, 0, 0, MAX_LOGPROBS)
+        logprobs = integer("logprobs", body.logprobs, 0, limits.LOGPROBS)
     options = read_options(
         body,
         max_tokens=max_tokens,

@@ -15,6 +15,7 @@ from aiohttp import web
 from quantd.daemon.errors import RequestError
 from quantd.daemon.server.body import decode, read_body
 from quantd.daemon.server.context import Asker, asker
+from quantd.daemon.server.limits import POSITIVE
 from quantd.daemon.server.models import json_response
 from quantd.daemon.server.pooled import (
     Options,
@@ -92,7 +93,8 @@ def check(body: EmbeddingBody) -> Wanted:
     encoding = body.encoding_format or "float"
     if encoding not in _FORMATS:
         raise out_of_range("encoding_format", encoding, "float or base64")
-    size = None if body.dimensions is None else integer("dimensions", body.dimensions, 0, 1)
+    asked = body.dimensions
+    size = None if asked is None else integer("dimensions", asked, 0, POSITIVE)
     return Wanted(body, options, texts, size)
 
 

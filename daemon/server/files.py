@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import msgspec
 from aiohttp import BodyPartReader, web
 from aiohttp.http import HttpProcessingError
+from msgspec import Meta
 
 from quantd.daemon.errors import RequestError
-from quantd.daemon.server import query
+from quantd.daemon.server import limits, query
 from quantd.daemon.server.context import CALLER, CONTEXT
 from quantd.daemon.server.models import json_response
 from quantd.daemon.server.sampling import out_of_range
@@ -17,16 +18,28 @@ from quantd.daemon.server.sampling import out_of_range
 if TYPE_CHECKING:
     from quantd.daemon.store import File, Store, Upload
 
-PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
+Purpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
+PURPOSES = get_args(Purpose)
 """That an upload may have; those of results are made here only."""
-LIST_LIMIT = 10_000
 BATCH_SECONDS = 30 * 86400
 """How long files of batches are kept unless they say otherwise; others are kept for ever."""
-MIN_SECONDS, MAX_SECONDS = 3600, 30 * 86400
 MAX_NAME_CHARS = 512
-_FIELDS = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
 _MAX_FIELD_BYTES = 256
 _READ_BYTES = 1 << 16
+
+
+class Form(msgspec.Struct):
+    """The fields of an upload; `_read_form` reads them as they come."""
+
+    file: Annotated[str, Meta(extra_json_schema={"format": "binary"})]
+    purpose: Purpose
+    anchor: str | msgspec.UnsetType = msgspec.field(
+        name="expires_after[anchor]", default=msgspec.UNSET
+    )
+    """created_at."""
+    seconds: Annotated[int, limits.EXPIRY_SECONDS.meta] | msgspec.UnsetType = msgspec.field(
+        name="expires_after[seconds]", default=msgspec.UNSET
+    )
 
 
 class FileObject(msgspec.Struct):
@@ -98,7 +111,7 @@ async def _read_form(request: web.Request, upload: Upload) -> tuple[str | None, 
                 raise out_of_range("file name", f"{len(filename)} characters", limit)
             while chunk := await part.read_chunk(_READ_BYTES):
                 await upload.write(chunk)
-        elif name in _FIELDS:
+        elif name in Form.__struct_encode_fields__:
             fields[name] = await _read_field(part)
         else:
             raise RequestError(f"the form's field {name[:64]!r} is not known", param=name[:64])
@@ -139,9 +152,8 @@ def lifetime(name: str, anchor: str | None, seconds: int) -> int:
     """Checked seconds of an expiry policy."""
     if anchor != "created_at":
         raise out_of_range(f"{name}.anchor", anchor, "'created_at'")
-    if not MIN_SECONDS <= seconds <= MAX_SECONDS:
-        limit = f"between {MIN_SECONDS} and {MAX_SECONDS}"
-        raise out_of_range(f"{name}.seconds", seconds, limit)
+    if seconds not in limits.EXPIRY_SECONDS:
+        raise out_of_range(f"{name}.seconds", seconds, str(limits.EXPIRY_SECONDS))
     return seconds
 
 
@@ -151,7 +163,7 @@ async def list_files(request: web.Request) -> web.Response:
         _now(request),
         purpose=request.query.get("purpose") or None,
         after=query.after(request),
-        limit=query.page_limit(request, LIST_LIMIT, LIST_LIMIT),
+        limit=query.page_limit(request, 10_000, limits.FILES_PAGE),
         descending=query.is_descending(request),
     )
     files = [file_object(file) for file in page.items]

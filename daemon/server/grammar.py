@@ -17,10 +17,10 @@ import msgspec
 
 from quantd.daemon.errors import RequestError
 from quantd.daemon.grammar import SeenGrammars, on_deep_stack, problem
+from quantd.daemon.server.limits import CHOICE_STRINGS
 from quantd.daemon.server.schemas import GenerationBody, Json
 from quantd.daemon.types import Grammar
 
-MAX_CHOICE_STRINGS = 4096
 MAX_MULTIPLE = 1_000_000
 """Of the least common multiple of all that `multipleOf` asks for: a grammar's automaton has so many
 states, and takes some 3 microseconds for each."""
@@ -171,9 +171,9 @@ def _choice(field: str, value: Json) -> Grammar:
     strings = value if isinstance(value, list) else []
     if not strings or not all(isinstance(string, str) and string for string in strings):
         raise RequestError(f"{field} must be a list of strings, none of them empty", param=field)
-    if len(strings) > MAX_CHOICE_STRINGS:
+    if len(strings) > CHOICE_STRINGS:
         raise RequestError(
-            f"{field} has {len(strings)} strings; the limit is {MAX_CHOICE_STRINGS}", param=field
+            f"{field} has {len(strings)} strings; the limit is {CHOICE_STRINGS}", param=field
         )
     return Grammar("regex", "|".join(map(_escaped, dict.fromkeys(strings))))
 

@@ -10,12 +10,11 @@ import msgspec
 
 from quantd.daemon.errors import RequestError
 from quantd.daemon.server.sampling import refuse_unserved
-from quantd.daemon.server.schemas import ChatBody, ContentPart, Json, Message, TokenizeBody
+from quantd.daemon.server.schemas import ROLES, ChatBody, ContentPart, Json, Message, TokenizeBody
 
 if TYPE_CHECKING:
     from quantd.daemon.text import TextModel
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 _MEDIA_PARTS = ("image_url", "input_audio", "audio_url", "video_url", "file", "image", "audio")
 _UNSERVED = ("chat_template", "documents")
 _UNSERVED_IN_MESSAGE = ("function_call", "audio")

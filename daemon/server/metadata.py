@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from quantd.daemon.errors import RequestError
-
-MAX_KEYS = 16
-MAX_KEY_CHARS = 64
-MAX_VALUE_CHARS = 512
+from quantd.daemon.server.limits import MAX_KEY_CHARS, MAX_KEYS, MAX_VALUE_CHARS
 
 
 def check_metadata(metadata: Mapping[str, str] | None) -> None:
@@ -16,7 +13,8 @@ def check_metadata(metadata: Mapping[str, str] | None) -> None:
     metadata = metadata or {}
     if len(metadata) > MAX_KEYS:
         raise RequestError(
-            f"metadata has {len(metadata)} keys; the limit is {MAX_KEYS}", param="metadata"
+            f"metadata has {len(metadata)} keys; the limit is {MAX_KEYS}",
+            param="metadata",
         )
     for key, value in metadata.items():
         if len(key) > MAX_KEY_CHARS:

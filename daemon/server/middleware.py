@@ -19,8 +19,10 @@ from quantd.daemon.server.errors import error_response, http_error_response, int
 _log = structlog.get_logger("quantd.server")
 
 ADMIN_PREFIX = "/admin/"
-OPEN_PATHS = frozenset({"/", "/health", "/ready", "/ping", "/version", "/api/version"})
-"""No key needed: probes have none, and these tell nothing but names and states."""
+OPEN_PATHS = frozenset(
+    {"/", "/health", "/ready", "/ping", "/version", "/api/version", "/openapi.json", "/docs"}
+)
+"""No key needed: probes and a browser have none, and these tell nothing but names and states."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 

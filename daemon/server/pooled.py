@@ -11,6 +11,7 @@ import msgspec
 
 from quantd.daemon.errors import ContextLengthExceeded, QueueFull, RequestError, Unavailable
 from quantd.daemon.server.context import Asker
+from quantd.daemon.server.limits import POSITIVE, PRIORITY, TEXTS
 from quantd.daemon.server.messages import off_loop
 from quantd.daemon.server.prompts import Texts
 from quantd.daemon.server.sampling import check_ids, integer, refuse_unserved
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from quantd.daemon.fleet import Lease
 
 T = TypeVar("T")
-MAX_TEXTS = 2048
-"""In one request, as OpenAI's."""
 _AT_ONCE = 128
 """Of one request in the queue: a large one leaves places to others."""
 _ONE_TOKEN = SamplingParams(max_tokens=1)
@@ -57,15 +56,16 @@ def read_options(body: PooledBody) -> Options:
     refuse_unserved(body, ("timeout",))
     most = body.truncate_prompt_tokens
     return Options(
-        None if most is None else integer("truncate_prompt_tokens", most, 0, 1),
-        integer("priority", body.priority, 0, -(1 << 31)),
+        None if most is None else integer("truncate_prompt_tokens", most, 0, POSITIVE),
+        integer("priority", body.priority, 0, PRIORITY),
     )
 
 
 def check_count(name: str, count: int) -> None:
     """Raises RequestError for none and for too many."""
-    if not 1 <= count <= MAX_TEXTS:
-        raise RequestError(f"{name} must have 1 to {MAX_TEXTS} entries, got {count}", param=name)
+    low, high = TEXTS
+    if not low <= count <= high:
+        raise RequestError(f"{name} must have {low} to {high} entries, got {count}", param=name)
 
 
 def check_task(lease: Lease, task: Literal["embed", "rerank"]) -> Pooling:

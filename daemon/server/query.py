@@ -5,15 +5,16 @@ from __future__ import annotations
 from aiohttp import web
 
 from quantd.daemon.errors import RequestError
+from quantd.daemon.server.limits import Range
 from quantd.daemon.server.sampling import out_of_range
 
 
-def page_limit(request: web.Request, default: int, most: int) -> int:
+def page_limit(request: web.Request, default: int, within: Range) -> int:
     text = request.query.get("limit", "")
     if not text:
         return default
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= most):
-        raise out_of_range("limit", text[:20], f"between 1 and {most}")
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) in within):
+        raise out_of_range("limit", text[:20], str(within))
     return int(text)
 
 

@@ -14,6 +14,7 @@ from aiohttp import web
 from quantd.daemon.errors import RequestError
 from quantd.daemon.server.body import read_body
 from quantd.daemon.server.context import Asker, asker
+from quantd.daemon.server.limits import NATURAL
 from quantd.daemon.server.models import json_response
 from quantd.daemon.server.pooled import (
     Options,
@@ -41,7 +42,7 @@ class RerankResult(msgspec.Struct):
     """Of the document in the request."""
     relevance_score: float
     """In [0, 1]."""
-    document: Document | msgspec.UnsetType
+    document: Document | msgspec.UnsetType = msgspec.UNSET
 
 
 class RerankReply(msgspec.Struct):
@@ -61,7 +62,7 @@ async def rank(asker: Asker, body: RerankBody) -> RerankReply:
     """Raises what the route answers with."""
     options, documents = read_options(body), _read_documents(body)
     # 0 is how vLLM's clients say "all".
-    top_n = integer("top_n", body.top_n, 0, 0) or len(documents)
+    top_n = integer("top_n", body.top_n, 0, NATURAL) or len(documents)
     shows = body.return_documents is not False
     read = await screened_texts(asker, body.model, "documents", [body.query, *documents])
     query, *read_documents = [text for text in read if isinstance(text, str)]

@@ -7,7 +7,6 @@ no model; `Options.sampling` needs the vocabulary and the prompt's length.
 from __future__ import annotations
 
 import hashlib
-import math
 import random
 import re
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from quantd.daemon.errors import RequestError
+from quantd.daemon.server import limits
 from quantd.daemon.server.grammar import FieldGrammar, read_grammar
+from quantd.daemon.server.limits import NATURAL, POSITIVE, Range
 from quantd.daemon.server.schemas import GenerationBody, Json
 from quantd.daemon.types import SamplingParams
 
@@ -25,16 +26,7 @@ if TYPE_CHECKING:
     from quantd.daemon.server.tools import ToolRequest
     from quantd.daemon.text import TextModel
 
-MAX_CHOICES = 128
-MAX_STOP_STRINGS = 64
-MAX_STOP_CHARS = 1024
-MAX_BAD_WORDS = 1024
-MAX_LOGPROBS = 20
-MAX_SALT_CHARS = 256
-MAX_TIMEOUT = 86400.0
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_MAX_INT = (1 << 31) - 1
-"""Every integer is bounded: what travels to a worker has 64 bits."""
+_REQUEST_ID = re.compile(limits.REQUEST_ID)
 _MASK64 = (1 << 64) - 1
 
 
@@ -51,32 +43,20 @@ def whole(name: str, value: int | float | None) -> int | None:
     return int(value)
 
 
-def integer(
-    name: str, value: int | float | None, default: int, low: int, high: int = _MAX_INT
-) -> int:
+def integer(name: str, value: int | float | None, default: int, within: Range) -> int:
     number = whole(name, value)
     if number is None:
         return default
-    if not low <= number <= high:
-        raise out_of_range(name, number, f"between {low} and {high}")
+    if number not in within:
+        raise out_of_range(name, number, str(within))
     return number
 
 
-def _real(name: str, value: float | None, default: float, low: float, high: float) -> float:
+def real(name: str, value: float | None, default: float, within: Range) -> float:
     if value is None:
         return default
-    if not low <= value <= high:
-        limit = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-        raise out_of_range(name, value, limit)
-    return value
-
-
-def _above_zero(name: str, value: float | None, high: float) -> float:
-    if value is None:
-        return 1.0
-    if not 0.0 < value <= high:
-        limit = "above 0" if high == math.inf else f"above 0 and at most {high:g}"
-        raise out_of_range(name, value, limit)
+    if value not in within:
+        raise out_of_range(name, value, str(within))
     return value
 
 
@@ -200,8 +180,8 @@ def read_options(
 ) -> Options:
     """Raises RequestError that names the field. `max_tokens` is in range or None."""
     refuse_unserved(body, _UNSERVED)
-    n = integer("n", body.n, 1, 1, MAX_CHOICES)
-    best_of = integer("best_of", body.best_of, n, 1)
+    n = integer("n", body.n, 1, limits.CHOICES)
+    best_of = integer("best_of", body.best_of, n, POSITIVE)
     if best_of != n:
         raise out_of_range("best_of", best_of, f"equal to n, which is {n}")
     stream = bool(body.stream)
@@ -223,7 +203,7 @@ def read_options(
         ignore_eos=bool(body.ignore_eos),
         stop_token_ids=_distinct("stop_token_ids", body.stop_token_ids or ()),
         bad_words=_bad_words(body.bad_words),
-        priority=integer("priority", body.priority, 0, -(1 << 31), _MAX_INT),
+        priority=integer("priority", body.priority, 0, limits.PRIORITY),
         request_id=body.request_id,
         cache_salt=_salt(body.cache_salt),
         timeout=_timeout(body.timeout),
@@ -240,36 +220,39 @@ def read_options(
 def _salt(value: str | None) -> str:
     if value is None:
         return ""
-    if not 1 <= len(value) <= MAX_SALT_CHARS:
+    low, high = limits.SALT_CHARS
+    if not low <= len(value) <= high:
         shown = f"{len(value)} characters"
-        raise out_of_range("cache_salt", shown, f"a string of 1 to {MAX_SALT_CHARS} characters")
+        raise out_of_range("cache_salt", shown, f"a string of {low} to {high} characters")
     return value
 
 
 def _timeout(value: float | None) -> float | None:
-    if value is not None and not 0.0 < value <= MAX_TIMEOUT:
-        raise out_of_range("timeout", value, f"seconds above 0 and at most {MAX_TIMEOUT:g}")
+    if value is not None and value not in limits.TIMEOUT:
+        raise out_of_range("timeout", value, f"seconds {limits.TIMEOUT}")
     return value
 
 
 def _base_params(
     body: GenerationBody, logprobs: int | None, prompt_logprobs: int | None
 ) -> SamplingParams:
-    top_k = integer("top_k", body.top_k, 0, -1)  # -1 is vLLM's other way to say off
+    top_k = integer("top_k", body.top_k, 0, limits.TOP_K)
     allowed = body.allowed_token_ids
     if allowed is not None and not allowed:
         raise out_of_range("allowed_token_ids", allowed, "a list of at least 1 token id")
     return SamplingParams(
         max_tokens=1,
-        temperature=_real("temperature", body.temperature, 1.0, 0.0, 2.0),
-        top_p=_above_zero("top_p", body.top_p, 1.0),
+        temperature=real("temperature", body.temperature, 1.0, limits.TEMPERATURE),
+        top_p=real("top_p", body.top_p, 1.0, limits.TOP_P),
         top_k=max(0, top_k),
-        min_p=_real("min_p", body.min_p, 0.0, 0.0, 1.0),
-        repetition_penalty=_above_zero("repetition_penalty", body.repetition_penalty, math.inf),
-        presence_penalty=_real("presence_penalty", body.presence_penalty, 0.0, -2.0, 2.0),
-        frequency_penalty=_real("frequency_penalty", body.frequency_penalty, 0.0, -2.0, 2.0),
+        min_p=real("min_p", body.min_p, 0.0, limits.MIN_P),
+        repetition_penalty=real(
+            "repetition_penalty", body.repetition_penalty, 1.0, limits.REPETITION_PENALTY
+        ),
+        presence_penalty=real("presence_penalty", body.presence_penalty, 0.0, limits.PENALTY),
+        frequency_penalty=real("frequency_penalty", body.frequency_penalty, 0.0, limits.PENALTY),
         logit_bias=_logit_bias(body.logit_bias or {}),
-        min_tokens=integer("min_tokens", body.min_tokens, 0, 0),
+        min_tokens=integer("min_tokens", body.min_tokens, 0, NATURAL),
         allowed_token_ids=None if allowed is None else _distinct("allowed_token_ids", allowed),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
@@ -291,7 +274,7 @@ def _seed(value: int | float | None) -> int | None:
     seed = whole("seed", value)
     if seed is None:
         return None
-    if not -(1 << 63) <= seed <= _MASK64:
+    if seed not in limits.SEED:
         raise out_of_range("seed", seed, "a 64-bit integer")
     return seed & _MASK64
 
@@ -300,15 +283,14 @@ def _stop_strings(value: str | list[str] | None) -> tuple[str, ...]:
     if value is None:
         return ()
     strings = [value] if isinstance(value, str) else value
-    if len(strings) > MAX_STOP_STRINGS:
-        raise RequestError(
-            f"stop has {len(strings)} strings; the limit is {MAX_STOP_STRINGS}", param="stop"
-        )
+    most = limits.STOP_STRINGS.high
+    if len(strings) > most:
+        raise RequestError(f"stop has {len(strings)} strings; the limit is {most}", param="stop")
+    low, high = limits.STOP_CHARS
     for string in strings:
-        if not 1 <= len(string) <= MAX_STOP_CHARS:
+        if not low <= len(string) <= high:
             raise RequestError(
-                f"a stop string has 1 to {MAX_STOP_CHARS} characters, got {len(string)}",
-                param="stop",
+                f"a stop string has {low} to {high} characters, got {len(string)}", param="stop"
             )
     return tuple(dict.fromkeys(strings))
 
@@ -320,8 +302,7 @@ def _logit_bias(bias: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
             token = int(key)
         except ValueError:
             raise out_of_range("logit_bias", key, "a map from token ids to numbers") from None
-        if not -100.0 <= value <= 100.0:
-            raise out_of_range(f"logit_bias[{key}]", value, "between -100 and 100")
+        real(f"logit_bias[{key}]", value, 0.0, limits.LOGIT_BIAS)
         pairs[token] = value
     return tuple(pairs.items())
 
@@ -351,19 +332,21 @@ def check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
 
 def _truncation(value: int | float | None) -> int | None:
     """Not vLLM's -1, "cut to whatever fits": that a prompt is cut must be asked for in numbers."""
-    return None if value is None else integer("truncate_prompt_tokens", value, 0, 1)
+    return None if value is None else integer("truncate_prompt_tokens", value, 0, POSITIVE)
 
 
 def _bad_words(words: list[str] | None) -> tuple[str, ...]:
     words = words or []
-    if len(words) > MAX_BAD_WORDS:
+    most = limits.BAD_WORDS.high
+    if len(words) > most:
         raise RequestError(
-            f"bad_words has {len(words)} words; the limit is {MAX_BAD_WORDS}", param="bad_words"
+            f"bad_words has {len(words)} words; the limit is {most}", param="bad_words"
         )
+    low, high = limits.STOP_CHARS
     for word in words:
-        if not 1 <= len(word) <= MAX_STOP_CHARS:
+        if not low <= len(word) <= high:
             raise RequestError(
-                f"bad_words: a word has 1 to {MAX_STOP_CHARS} characters, got {len(word)}",
+                f"bad_words: a word has {low} to {high} characters, got {len(word)}",
                 param="bad_words",
             )
     return tuple(words)

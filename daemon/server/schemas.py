@@ -1,21 +1,80 @@
-"""The request bodies as typed structs, and JSON bytes into them.
+"""The request bodies as typed structs, JSON bytes into them, and the schema that is shown of them.
 
-What JSON can say wrong (type, missing field, not JSON at all) is found here; ranges, and fields
-that need the model to judge, in `sampling.py`. Unknown fields are accepted, as clients send many.
-An integer is typed `Integer`, because JavaScript and Lua clients write 16 as 16.0.
+What JSON can say wrong (type, missing field, not JSON at all) is found here; fields that need the
+model to judge, and ranges, in `sampling.py`: those of `limits.py`, as the schema has them. Unknown
+fields are accepted, as clients send many. An integer is typed `Integer`, because JavaScript and Lua
+clients write 16 as 16.0. The line under a field goes into the schema as well.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
+
+from quantd.daemon.server import limits
+from quantd.daemon.server.limits import LOGPROBS, NATURAL, POSITIVE, one_of, pattern
 
 Integer = int | float
 """A float only if it is whole; `sampling.whole` makes the int."""
 
 Json = Any
 """Any JSON value."""
+
+Ignored = Annotated[Any, Meta(description="Accepted and without effect.")]
+_REFUSED = Meta(description="Not served: refused unless it asks for nothing.")
+_NOTHING: tuple[Json, ...] = (None, False, "", [])
+Refused = Annotated[Any, _REFUSED, one_of(*_NOTHING)]
+Count = Annotated[Integer, POSITIVE.meta]
+Priority = Annotated[Integer, limits.PRIORITY.meta]
+Logprobs = Annotated[Integer, LOGPROBS.meta]
+TokenIds = list[Integer]
+StopString = Annotated[str, limits.STOP_CHARS.chars]
+StopStrings = Annotated[list[StopString], limits.STOP_STRINGS.items]
+
+
+Metadata = dict[str, str]
+Tool = Annotated[
+    dict[str, Json],
+    Meta(
+        extra_json_schema={
+            "properties": {
+                "type": {"const": "function"},
+                "function": {
+                    "type": "object",
+                    "properties": {
+                        "name": {"type": "string", "pattern": f"^{limits.TOOL_NAME}$"},
+                        "description": {},
+                        "parameters": {"type": ["object", "null"]},
+                        "strict": {"type": ["boolean", "null"]},
+                    },
+                    "required": ["name"],
+                },
+            },
+            "required": ["function"],
+        }
+    ),
+]
+Tools = Annotated[list[Tool], limits.TOOLS.items]
+
+# What fields of any type are checked to be, in `grammar.py`
+_RESPONSE_FORMAT = Meta(
+    extra_json_schema={
+        "type": ["object", "null"],
+        "properties": {"type": {"enum": ["text", "json_object", "json_schema"]}},
+        "required": ["type"],
+    }
+)
+_TEXT = Meta(extra_json_schema={"type": ["string", "null"], "minLength": 1})
+_CHOICE = Meta(
+    extra_json_schema={
+        "type": ["array", "null"],
+        "items": {"type": "string", "minLength": 1},
+        "minItems": 1,
+        "maxItems": limits.CHOICE_STRINGS,
+    }
+)
 
 
 class StreamOptions(msgspec.Struct):
@@ -34,121 +93,136 @@ class GenerationBody(Body, kw_only=True):
     Null is the default everywhere: the SDKs send it for what the caller left out.
     """
 
-    max_tokens: Integer | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    n: Integer | None = None
-    stop: str | list[str] | None = None
-    seed: Integer | None = None
+    max_tokens: Annotated[Integer, NATURAL.meta] | None = None
+    """At least 1; 0 in a text completion with `echo`."""
+    temperature: Annotated[float, limits.TEMPERATURE.meta] | None = None
+    top_p: Annotated[float, limits.TOP_P.meta] | None = None
+    n: Annotated[Integer, limits.CHOICES.meta] | None = None
+    stop: StopString | StopStrings | None = None
+    seed: Annotated[Integer, limits.SEED.meta] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    best_of: Integer | None = None
+    presence_penalty: Annotated[float, limits.PENALTY.meta] | None = None
+    frequency_penalty: Annotated[float, limits.PENALTY.meta] | None = None
+    logit_bias: dict[str, Annotated[float, limits.LOGIT_BIAS.meta]] | None = None
+    """From token ids."""
+    best_of: Count | None = None
+    """The same as n."""
 
     # vLLM's
-    top_k: Integer | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    min_tokens: Integer | None = None
+    top_k: Annotated[Integer, limits.TOP_K.meta] | None = None
+    """0 or -1: off."""
+    min_p: Annotated[float, limits.MIN_P.meta] | None = None
+    repetition_penalty: Annotated[float, limits.REPETITION_PENALTY.meta] | None = None
+    min_tokens: Annotated[Integer, NATURAL.meta] | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[Integer] | None = None
+    stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    allowed_token_ids: list[Integer] | None = None
-    bad_words: list[str] | None = None
-    priority: Integer | None = None
-    request_id: str | None = None
-    cache_salt: str | None = None
-    timeout: float | None = None
-    truncate_prompt_tokens: Integer | None = None
+    allowed_token_ids: Annotated[TokenIds, Meta(extra_json_schema={"minItems": 1})] | None = None
+    bad_words: Annotated[list[StopString], limits.BAD_WORDS.items] | None = None
+    priority: Priority | None = None
+    """Smaller first."""
+    request_id: Annotated[str, pattern(limits.REQUEST_ID)] | None = None
+    cache_salt: Annotated[str, limits.SALT_CHARS.chars] | None = None
+    """Requests of different salts share nothing in the prefix cache."""
+    timeout: Annotated[float, limits.TIMEOUT.meta] | None = None
+    """Seconds from when the request has come in; over it, status 422."""
+    truncate_prompt_tokens: Count | None = None
+    """A longer prompt is cut to so many tokens."""
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
 
-    # Accepted and without effect
-    user: Json = None
-    metadata: Json = None
-    store: Json = None
-    prompt_cache_key: Json = None
-    prompt_cache_retention: Json = None
-    prompt_cache_options: Json = None
-    safety_identifier: Json = None
-    service_tier: Json = None
+    user: Ignored = None
+    metadata: Ignored = None
+    store: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_retention: Ignored = None
+    prompt_cache_options: Ignored = None
+    safety_identifier: Ignored = None
+    service_tier: Ignored = None
 
     # What constrains the output; read in `grammar.py`
-    response_format: Json = None
-    structured_outputs: Json = None
-    guided_json: Json = None
-    guided_regex: Json = None
-    guided_choice: Json = None
-    guided_grammar: Json = None
+    response_format: Annotated[Any, _RESPONSE_FORMAT] = None
+    """With the type json_schema: {"name", "schema", "strict", "description"} in json_schema."""
+    structured_outputs: Annotated[Any, Meta(extra_json_schema={"type": ["object", "null"]})] = None
+    """With one of json, regex, choice, grammar and json_object."""
+    guided_json: Annotated[Any, Meta(extra_json_schema={"type": ["object", "string", "null"]})] = (
+        None
+    )
+    guided_regex: Annotated[Any, _TEXT] = None
+    guided_choice: Annotated[Any, _CHOICE] = None
+    guided_grammar: Annotated[Any, _TEXT] = None
+    """Lark or GBNF."""
 
-    # Refused by name until they are served, unless they ask for nothing
-    guided_whitespace_pattern: Json = None
-    prompt_logprobs: Json = None
-    logprob_token_ids: Json = None
-    use_beam_search: Json = None
-    length_penalty: Json = None
-    logits_processors: Json = None
-    kv_transfer_params: Json = None
-    vllm_xargs: Json = None
+    guided_whitespace_pattern: Refused = None
+    prompt_logprobs: Refused = None
+    logprob_token_ids: Refused = None
+    use_beam_search: Refused = None
+    length_penalty: Annotated[Any, _REFUSED, one_of(*_NOTHING, 1)] = None
+    logits_processors: Refused = None
+    kv_transfer_params: Refused = None
+    vllm_xargs: Refused = None
+
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class ContentPart(msgspec.Struct):
-    type: str
+    type: Annotated[str, Meta(extra_json_schema={"const": "text"})]
     text: str | None = None
 
 
 class Message(msgspec.Struct):
-    role: str
+    role: Annotated[str, Meta(extra_json_schema={"enum": list(ROLES)})]
     content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_calls: list[dict[str, Json]] | None = None
     tool_call_id: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    function_call: Json = None
-    audio: Json = None
+    function_call: Annotated[Any, _REFUSED, one_of(*_NOTHING, "none", "auto")] = None
+    audio: Refused = None
 
 
 class ChatBody(GenerationBody, kw_only=True):
-    messages: list[Message]
-    max_completion_tokens: Integer | None = None
+    messages: Annotated[list[Message], Meta(extra_json_schema={"minItems": 1})]
+    max_completion_tokens: Count | None = None
+    """The newer name of max_tokens; wins over it."""
     logprobs: bool | None = None
-    top_logprobs: Integer | None = None
+    top_logprobs: Logprobs | None = None
+    """Needs `logprobs`."""
     reasoning_effort: str | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Json] | None = None
     add_special_tokens: bool | None = None
-    tools: list[dict[str, Json]] | None = None
+    tools: Tools | None = None
     tool_choice: Json = None
+    """none, auto, required, a function or allowed_tools."""
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
 
-    # Accepted and without effect
-    prediction: Json = None
-    verbosity: Json = None
+    prediction: Ignored = None
+    verbosity: Ignored = None
 
-    # Refused by name until they are served, unless they ask for nothing
-    chat_template: Json = None
-    documents: Json = None
-    functions: Json = None
-    function_call: Json = None
-    modalities: list[str] | None = None
-    audio: Json = None
-    web_search_options: Json = None
-    thinking_token_budget: Json = None
+    chat_template: Refused = None
+    documents: Refused = None
+    functions: Refused = None
+    function_call: Annotated[Any, _REFUSED, one_of(*_NOTHING, "none", "auto")] = None
+    modalities: Annotated[list[str] | None, _REFUSED, one_of(None, [], ["text"])] = None
+    audio: Refused = None
+    web_search_options: Refused = None
+    thinking_token_budget: Refused = None
 
 
 class CompletionBody(GenerationBody, kw_only=True):
     prompt: str | list[str | int | list[int]] | None = None
     echo: bool | None = None
-    logprobs: Integer | None = None
+    logprobs: Logprobs | None = None
     add_special_tokens: bool | None = None
-    suffix: str | None = None
-    prompt_embeds: Json = None
+    suffix: Annotated[str | None, _REFUSED, one_of(None, "")] = None
+    prompt_embeds: Refused = None
 
 
 class TokenizeBody(Body, kw_only=True):
@@ -159,11 +233,10 @@ class TokenizeBody(Body, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Json] | None = None
     add_special_tokens: bool | None = None
-    tools: list[dict[str, Json]] | None = None
+    tools: Tools | None = None
 
-    # Refused by name until they are served, unless they ask for nothing
-    chat_template: Json = None
-    documents: Json = None
+    chat_template: Refused = None
+    documents: Refused = None
 
 
 class DetokenizeBody(Body, kw_only=True):
@@ -173,20 +246,21 @@ class DetokenizeBody(Body, kw_only=True):
 class PooledBody(Body, kw_only=True):
     """What embeddings and rerankings share."""
 
-    truncate_prompt_tokens: Integer | None = None
-    priority: Integer | None = None
+    truncate_prompt_tokens: Count | None = None
+    """A longer prompt is cut to so many tokens."""
+    priority: Priority | None = None
+    """Smaller first."""
 
-    # Accepted and without effect
-    user: Json = None
+    user: Ignored = None
 
-    # Refused by name, unless it asks for nothing
-    timeout: Json = None
+    timeout: Refused = None
 
 
 class EmbeddingBody(PooledBody, kw_only=True):
     input: str | list[str | int | list[int]] | None = None
     encoding_format: str | None = None
-    dimensions: Integer | None = None
+    """float or base64."""
+    dimensions: Count | None = None
     add_special_tokens: bool | None = None
 
 
@@ -196,6 +270,7 @@ class Document(msgspec.Struct):
 
 class RerankBody(PooledBody, kw_only=True):
     query: str
-    documents: list[str | Document]
-    top_n: Integer | None = None
+    documents: Annotated[list[str | Document], limits.TEXTS.items]
+    top_n: Annotated[Integer, NATURAL.meta] | None = None
+    """0: all."""
     return_documents: bool | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 
+import msgspec
 from aiohttp import web
 
 from quantd.daemon.server.context import CONTEXT
@@ -12,9 +13,30 @@ from quantd.daemon.server.models import json_response
 from quantd.daemon.telemetry.metrics import CONTENT_TYPE
 
 
+class Health(msgspec.Struct):
+    status: str
+
+
+class ModelProgress(msgspec.Struct):
+    id: str
+    state: str
+    progress: float
+    """Of loading, 0 to 1."""
+
+
+class Readiness(msgspec.Struct):
+    status: str
+    """ready or loading."""
+    models: list[ModelProgress]
+
+
+class Version(msgspec.Struct):
+    version: str
+
+
 async def health(request: web.Request) -> web.Response:
     """200 as soon as the process serves, whatever the models do."""
-    return json_response({"status": "ok"})
+    return json_response(Health("ok"))
 
 
 async def ready(request: web.Request) -> web.Response:
@@ -23,15 +45,15 @@ async def ready(request: web.Request) -> web.Response:
     fleet = request.app[CONTEXT].fleet
     is_ready = fleet.ready()
     models = [
-        {"id": status.name, "state": status.state, "progress": round(status.progress, 3)}
+        ModelProgress(status.name, status.state, round(status.progress, 3))
         for status in fleet.models()
     ]
-    body = {"status": "ready" if is_ready else "loading", "models": models}
+    body = Readiness("ready" if is_ready else "loading", models)
     return json_response(body, status=200 if is_ready else 503)
 
 
 async def version(request: web.Request) -> web.Response:
-    return json_response({"version": package_version()})
+    return json_response(Version(package_version()))
 
 
 @functools.cache

@@ -31,6 +31,10 @@ class TokenizeReply(msgspec.Struct):
     token_strs: list[str] | None
 
 
+class DetokenizeReply(msgspec.Struct):
+    prompt: str
+
+
 async def tokenize(request: web.Request) -> web.Response:
     context = request.app[CONTEXT]
     body = await read_body(request, _TOKENIZE)
@@ -68,4 +72,4 @@ async def detokenize(request: web.Request) -> web.Response:
         tokens = token_ids("tokens", body.tokens, text.vocab_size)
         # Special tokens are kept: the caller asked what these tokens are.
         decode = partial(text.decode, tokens, skip_special_tokens=False)
-        return json_response({"prompt": await off_loop(len(tokens), decode)})
+        return json_response(DetokenizeReply(await off_loop(len(tokens), decode)))

@@ -9,13 +9,13 @@ from typing import Any, Literal, NamedTuple
 
 from quantd.daemon.errors import RequestError
 from quantd.daemon.server.grammar import FieldGrammar, schema_source
+from quantd.daemon.server.limits import TOOL_NAME, TOOLS
 from quantd.daemon.server.schemas import Json
 from quantd.daemon.text.format import AnswerFormat
 from quantd.daemon.text.tools import Tool, Toolset
 from quantd.daemon.types import Grammar
 
-MAX_TOOLS = 256
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+_NAME = re.compile(TOOL_NAME)
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -85,9 +85,9 @@ def request(
     declared: Sequence[Declared], choice: ToolChoice, *, parallel: bool
 ) -> ToolRequest | None:
     """What any API's tools and choice come to. Raises RequestError."""
-    if len(declared) > MAX_TOOLS:
+    if len(declared) > TOOLS.high:
         raise RequestError(
-            f"tools has {len(declared)} tools; the limit is {MAX_TOOLS}", param="tools"
+            f"tools has {len(declared)} tools; the limit is {TOOLS.high}", param="tools"
         )
     by_name: dict[str, Declared] = {}
     for one in declared:

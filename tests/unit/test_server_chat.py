@@ -216,7 +216,7 @@ BAD: list[tuple[str, Any, str, str]] = [
     ("top_k", 10**30, "top_k", "between"),
     ("top_k", 1.5, "top_k", "integer"),
     ("min_p", 2, "min_p", "between 0 and 1"),
-    ("repetition_penalty", 0, "repetition_penalty", "above 0"),
+    ("repetition_penalty", 0, "repetition_penalty", "between 0.01 and 100"),
     ("presence_penalty", 3, "presence_penalty", "between -2 and 2"),
     ("frequency_penalty", -3, "frequency_penalty", "between -2 and 2"),
     ("n", 0, "n", "between 1 and 128"),

@@ -17,7 +17,7 @@ from server_fakes import BOS, Answer, FakeEngine, FakeFleet, Served, fake_info, 
 
 from quantd.daemon.engine.stream import TokenStream
 from quantd.daemon.errors import QueueFull, RequestError
-from quantd.daemon.server.pooled import MAX_TEXTS
+from quantd.daemon.server.limits import TEXTS
 from quantd.daemon.types import ModelInfo, Pooling, Request
 
 EMBED = "/v1/embeddings"
@@ -170,7 +170,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"input": {"text": "a"}}, "input"),
     ({"input": [-1]}, "input"),
     ({"input": [[97], [260]]}, "input"),
-    ({"input": ["a"] * (MAX_TEXTS + 1)}, "input"),
+    ({"input": ["a"] * (TEXTS.high + 1)}, "input"),
     ({"input": "a", "encoding_format": "int8"}, "encoding_format"),
     ({"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
     ({"input": "abc", "truncate_prompt_tokens": 1}, "truncate_prompt_tokens"),
@@ -298,8 +298,8 @@ async def test_many_texts_are_not_in_the_queue_all_at_once() -> None:
             most = max(most, sum(not stream.is_finished for stream in served.engine.streams))
 
         served.engine.refuse = refuse
-        status, reply = await served.post(EMBED, {"input": ["a"] * MAX_TEXTS})
-        assert status == 200 and len(reply["data"]) == MAX_TEXTS
+        status, reply = await served.post(EMBED, {"input": ["a"] * TEXTS.high})
+        assert status == 200 and len(reply["data"]) == TEXTS.high
         assert most < 128
 
 
@@ -352,7 +352,7 @@ BAD_RERANKS: list[tuple[dict[str, Any], str]] = [
     ({"query": "q", "documents": ["a", {"title": "b"}]}, "documents[1].text"),
     ({"query": "q", "documents": ["a", 3]}, "documents[1]"),
     ({"query": "q", "documents": "a"}, "documents"),
-    ({"query": "q", "documents": ["a"] * (MAX_TEXTS + 1)}, "documents"),
+    ({"query": "q", "documents": ["a"] * (TEXTS.high + 1)}, "documents"),
     ({"query": "q", "documents": ["a"], "top_n": -1}, "top_n"),
     ({"query": "q", "documents": ["a"], "timeout": 1}, "timeout"),
     ({"query": "qqq", "documents": ["a"], "truncate_prompt_tokens": 3}, "truncate_prompt_tokens"),

@@ -18,6 +18,23 @@ THREADS_UNSUPPORTED = "thread_unsupported_request"
 """The SDKs' loops with tools look for this code, and then go on without a thread."""
 
 
+class Unsupported(msgspec.Struct):
+    error_code: str
+    unsupported: list[str | None]
+
+
+class ErrorDetail(msgspec.Struct):
+    type: str
+    message: str
+    details: Unsupported | msgspec.UnsetType = msgspec.UNSET
+    """Of a request with a thread."""
+
+
+class ErrorBody(msgspec.Struct, tag="error"):
+    error: ErrorDetail
+    request_id: str
+
+
 def is_below(path: str) -> bool:
     """The path is one of this API's, also if it is not served."""
     return path == "/v1/messages" or path.startswith("/v1/messages/")
@@ -25,10 +42,7 @@ def is_below(path: str) -> bool:
 
 def encode_error(error: QuantdError, request_id: str) -> bytes:
     other = "invalid_request_error" if error.status < 500 else "api_error"
-    detail: dict[str, object] = {
-        "type": _TYPES.get(error.status, other),
-        "message": error.message,
-    }
+    detail = ErrorDetail(_TYPES.get(error.status, other), error.message)
     if error.error_code == THREADS_UNSUPPORTED:
-        detail["details"] = {"error_code": error.error_code, "unsupported": [error.param]}
-    return msgspec.json.encode({"type": "error", "error": detail, "request_id": request_id})
+        detail.details = Unsupported(error.error_code, [error.param])
+    return msgspec.json.encode(ErrorBody(detail, request_id))

@@ -7,11 +7,12 @@ deltas, stop), message_delta with the reason of the end and the usage, message_s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
 from quantd.daemon.server.filtered import PromptResult, Results, prompt_results, results_of
+from quantd.daemon.server.limits import shown_as
 from quantd.daemon.server.schemas import Json
 from quantd.daemon.text.answer import CallArguments, CallStart, Content, Part, Reasoning
 
@@ -40,7 +41,7 @@ class Usage(msgspec.Struct):
 class MessageObject(msgspec.Struct):
     id: str
     model: str
-    content: list[Json]
+    content: list[Annotated[Json, shown_as("anthropic.event_types.AnyBlock")]]
     stop_reason: str | None
     stop_sequence: str | None
     usage: Usage

@@ -12,6 +12,7 @@ from quantd.daemon.server import chat
 from quantd.daemon.server.anthropic.content import read_messages
 from quantd.daemon.server.anthropic.errors import THREADS_UNSUPPORTED
 from quantd.daemon.server.anthropic.schemas import CountBody, MessagesBody, ToolChoice
+from quantd.daemon.server.limits import POSITIVE
 from quantd.daemon.server.sampling import Options, integer, out_of_range, refuse_unserved
 from quantd.daemon.server.schemas import ChatBody, Json
 
@@ -57,7 +58,7 @@ def _chat_of(body: CountBody) -> ChatBody:
     fields: dict[str, Any] = {}
     if isinstance(body, MessagesBody):
         fields = {
-            "max_completion_tokens": integer("max_tokens", body.max_tokens, 1, 1),
+            "max_completion_tokens": integer("max_tokens", body.max_tokens, 1, POSITIVE),
             "stop": body.stop_sequences,
             "stream": body.stream,
             "temperature": body.temperature,

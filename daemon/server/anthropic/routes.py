@@ -25,6 +25,10 @@ _COUNT = msgspec.json.Decoder(CountBody)
 _API = Api("msg_", {"prompt": "messages"}, takes_parts=True)
 
 
+class InputTokens(msgspec.Struct):
+    input_tokens: int
+
+
 async def create(request: web.Request) -> web.StreamResponse:
     sent: MessagesBody = await read_body(request, _DECODER)
     wanted = check(sent)
@@ -51,4 +55,4 @@ async def count_tokens(request: web.Request) -> web.Response:
     with renamed():
         async with await request.app[CONTEXT].fleet.lease(wanted.chat.model) as lease:
             [prompt] = await chat.encode(wanted.chat, wanted.options, lease.text)
-    return json_response({"input_tokens": len(prompt.ids)})
+    return json_response(InputTokens(len(prompt.ids)))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import msgspec
+from typing import Annotated
 
-from quantd.daemon.server.schemas import Integer, Json
+import msgspec
+from msgspec import Meta
+
+from quantd.daemon.server import limits
+from quantd.daemon.server.schemas import Count, Integer, Json, Refused, StopStrings
 
 
 class Block(msgspec.Struct):
@@ -21,12 +25,13 @@ class Block(msgspec.Struct):
 
 
 class InputMessage(msgspec.Struct):
-    role: str
+    role: Annotated[str, Meta(extra_json_schema={"enum": ["user", "assistant"]})]
     content: str | list[Block]
 
 
 class Thinking(msgspec.Struct):
     type: str
+    """enabled, disabled or adaptive."""
     budget_tokens: Integer | None = None
     """Without effect: a model says by itself how long it thinks."""
     display: str | None = None
@@ -34,6 +39,7 @@ class Thinking(msgspec.Struct):
 
 class ToolChoice(msgspec.Struct):
     type: str
+    """auto, any, none, or tool with a name."""
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
 
@@ -47,7 +53,7 @@ class CountBody(msgspec.Struct, kw_only=True):
     """What the prompt depends on."""
 
     model: str
-    messages: list[InputMessage]
+    messages: Annotated[list[InputMessage], Meta(extra_json_schema={"minItems": 1})]
     system: str | list[Block] | None = None
     tools: list[dict[str, Json]] | None = None
     tool_choice: ToolChoice | None = None
@@ -55,18 +61,16 @@ class CountBody(msgspec.Struct, kw_only=True):
     output_config: OutputConfig | None = None
     output_format: dict[str, Json] | None = None
     """The older name of output_config.format."""
-
-    # Refused by name, unless they ask for nothing
-    mcp_servers: Json = None
-    container: Json = None
+    mcp_servers: Refused = None
+    container: Refused = None
 
 
 class MessagesBody(CountBody, kw_only=True):
-    max_tokens: Integer
-    stop_sequences: list[str] | None = None
+    max_tokens: Count
+    stop_sequences: StopStrings | None = None
     stream: bool | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Integer | None = None
+    temperature: Annotated[float, limits.TEMPERATURE.meta] | None = None
+    top_p: Annotated[float, limits.TOP_P.meta] | None = None
+    top_k: Annotated[Integer, limits.TOP_K.meta] | None = None
     thread: Json = None
     """Refused in the way that lets Anthropic's SDKs send the whole conversation instead."""

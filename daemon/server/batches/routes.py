@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 from aiohttp import web
@@ -13,6 +13,7 @@ from quantd.daemon.server import query
 from quantd.daemon.server.body import read_body
 from quantd.daemon.server.context import CALLER, CONTEXT
 from quantd.daemon.server.files import BATCH_SECONDS, lifetime
+from quantd.daemon.server.limits import EXPIRY_SECONDS, METADATA, PAGE, shown_as
 from quantd.daemon.server.metadata import check_metadata
 from quantd.daemon.server.models import json_response
 from quantd.daemon.server.sampling import out_of_range, whole
@@ -20,7 +21,6 @@ from quantd.daemon.server.sampling import out_of_range, whole
 if TYPE_CHECKING:
     from quantd.daemon.store import Batch
 
-LIST_LIMIT = 100
 MAX_WINDOW = 7 * 86400
 _WINDOW = re.compile(r"([1-9]\d{0,5})([smhd])", re.ASCII)
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -28,14 +28,15 @@ _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 class OutputExpiry(msgspec.Struct):
     anchor: str | None = None
-    seconds: int | float | None = None
+    seconds: Annotated[int | float, EXPIRY_SECONDS.meta] | None = None
 
 
 class BatchBody(msgspec.Struct):
     input_file_id: str
     endpoint: str
     completion_window: str
-    metadata: dict[str, str] | None = None
+    """Like 24h, 30m or 7d, which is the most."""
+    metadata: Annotated[dict[str, str], METADATA] | None = None
     output_expires_after: OutputExpiry | None = None
 
 
@@ -67,7 +68,7 @@ class BatchUsage(msgspec.Struct):
 class BatchObject(msgspec.Struct):
     id: str
     endpoint: str
-    errors: msgspec.Raw | None
+    errors: Annotated[msgspec.Raw, shown_as("batches.input.BatchErrors")] | None
     input_file_id: str
     completion_window: str
     status: str
@@ -85,7 +86,7 @@ class BatchObject(msgspec.Struct):
     request_counts: RequestCounts
     usage: BatchUsage
     model: str | None
-    metadata: msgspec.Raw | None
+    metadata: Annotated[msgspec.Raw, shown_as("schemas.Metadata")] | None
     object: str = "batch"
 
 
@@ -184,7 +185,7 @@ async def list_batches(request: web.Request) -> web.Response:
     page = await request.app[CONTEXT].state.store.batches.page(
         request[CALLER],
         after=query.after(request),
-        limit=query.page_limit(request, 20, LIST_LIMIT),
+        limit=query.page_limit(request, 20, PAGE),
     )
     batches = [batch_object(batch) for batch in page.items]
     first, last = (batches[0].id, batches[-1].id) if batches else (None, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 from aiohttp import web
@@ -12,10 +12,11 @@ from quantd.daemon.server import query
 from quantd.daemon.server.body import read_body
 from quantd.daemon.server.context import CALLER, CONTEXT, asker
 from quantd.daemon.server.files import Deleted
+from quantd.daemon.server.limits import METADATA, PAGE, Length, shown_as
 from quantd.daemon.server.metadata import check_metadata
 from quantd.daemon.server.models import json_response
-from quantd.daemon.server.responses.items import keep, read_items
-from quantd.daemon.server.responses.routes import LIST_LIMIT, ItemList, item_list
+from quantd.daemon.server.responses.items import InputItem, keep, read_items
+from quantd.daemon.server.responses.routes import ItemList, item_list
 from quantd.daemon.server.responses.run import resolved
 from quantd.daemon.store import Conversation, Item
 from quantd.daemon.store.rows import Page, new_id
@@ -26,27 +27,27 @@ if TYPE_CHECKING:
     from quantd.daemon.server.responses.turns import Turns
     from quantd.daemon.store import Conversations
 
-MAX_ITEMS_AT_ONCE = 20
+AT_ONCE = Length(0, 20)
 """OpenAI's."""
 
 
 class CreateBody(msgspec.Struct):
-    items: list[msgspec.Raw] | None = None
-    metadata: dict[str, str] | None = None
+    items: Annotated[list[InputItem], AT_ONCE.items] | None = None
+    metadata: Annotated[dict[str, str], METADATA] | None = None
 
 
 class UpdateBody(msgspec.Struct):
-    metadata: dict[str, str] | None
+    metadata: Annotated[dict[str, str], METADATA] | None
 
 
 class ItemsBody(msgspec.Struct):
-    items: list[msgspec.Raw]
+    items: Annotated[list[InputItem], AT_ONCE.items]
 
 
 class ConversationObject(msgspec.Struct):
     id: str
     created_at: int
-    metadata: msgspec.Raw
+    metadata: Annotated[msgspec.Raw, shown_as("schemas.Metadata")]
     object: str = "conversation"
 
 
@@ -107,7 +108,7 @@ async def list_items(request: web.Request) -> web.Response:
         id,
         now,
         after=query.after(request),
-        limit=query.page_limit(request, 20, LIST_LIMIT),
+        limit=query.page_limit(request, 20, PAGE),
         descending=query.is_descending(request),
     )
     made: ItemList = item_list(page)
@@ -130,10 +131,9 @@ async def delete_item(request: web.Request) -> web.Response:
 
 
 async def _read(request: web.Request, raw: Sequence[msgspec.Raw]) -> list[Item]:
-    if len(raw) > MAX_ITEMS_AT_ONCE:
-        raise RequestError(
-            f"items has {len(raw)} entries; the limit is {MAX_ITEMS_AT_ONCE}", param="items"
-        )
+    most = AT_ONCE.high
+    if len(raw) > most:
+        raise RequestError(f"items has {len(raw)} entries; the limit is {most}", param="items")
     items = read_items(raw, "items")
     return [keep(item) for item in await resolved(asker(request), items)]
 

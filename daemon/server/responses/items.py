@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from quantd.daemon.errors import RequestError
+from quantd.daemon.server import limits
 from quantd.daemon.server.body import decode
+from quantd.daemon.server.limits import shown_as
 from quantd.daemon.server.sampling import out_of_range
 from quantd.daemon.server.schemas import ContentPart, Json, Message
 from quantd.daemon.store import Item
@@ -22,8 +25,9 @@ MAX_ITEMS = 10_000
 ROLES = ("user", "assistant", "system", "developer")
 _MEDIA = ("input_image", "input_file", "input_audio", "input_video")
 _SERVED = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
-_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_ID = re.compile(limits.REQUEST_ID)
 
+ItemId = Annotated[str, limits.pattern(limits.REQUEST_ID)]
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
@@ -102,50 +106,70 @@ class _Head(msgspec.Struct):
     role: str | None = None
 
 
-class _Part(msgspec.Struct):
+class InputPart(msgspec.Struct):
     type: str
     text: str | None = None
     refusal: str | None = None
 
 
-class _Message(msgspec.Struct):
-    role: str
-    content: str | list[_Part]
-    id: str | None = None
+class InputMessage(msgspec.Struct):
+    role: Annotated[str, Meta(extra_json_schema={"enum": list(ROLES)})]
+    content: str | list[InputPart]
+    type: Literal["message"] | None = None
+    id: ItemId | None = None
     status: Status | None = None
 
 
-class _Call(msgspec.Struct):
+class InputCall(msgspec.Struct):
+    type: Literal["function_call"]
     call_id: str
     name: str
     arguments: str
-    id: str | None = None
+    id: ItemId | None = None
     status: Status | None = None
 
 
-class _CallOutput(msgspec.Struct):
+class InputCallOutput(msgspec.Struct):
+    type: Literal["function_call_output"]
     call_id: str
-    output: str | list[_Part]
-    id: str | None = None
+    output: str | list[InputPart]
+    id: ItemId | None = None
 
 
-class _Reasoning(msgspec.Struct):
-    id: str | None = None
-    summary: list[_Part] = []
-    content: list[_Part] | None = None
+class InputReasoning(msgspec.Struct):
+    type: Literal["reasoning"]
+    id: ItemId | None = None
+    summary: list[InputPart] = []
+    content: list[InputPart] | None = None
 
 
 class Reference(msgspec.Struct):
     """Another item that is kept: to be put in its place."""
 
+    type: Literal["item_reference"]
     id: str
 
 
+InputItem = Annotated[
+    msgspec.Raw,
+    shown_as(
+        "responses.items.InputMessage",
+        "responses.items.InputCall",
+        "responses.items.InputCallOutput",
+        "responses.items.InputReasoning",
+        "responses.items.Reference",
+    ),
+]
+"""Decoded by what `type` it says, so that errors are of that type's fields."""
+ShownItem = Annotated[msgspec.Raw, shown_as("responses.items.AnyItem")]
+"""As it is kept."""
+
+
 _HEAD = msgspec.json.Decoder(_Head)
-_MESSAGE = msgspec.json.Decoder(_Message)
-_CALL = msgspec.json.Decoder(_Call)
-_CALL_OUTPUT = msgspec.json.Decoder(_CallOutput)
-_REASONING = msgspec.json.Decoder(_Reasoning)
+_MESSAGE = msgspec.json.Decoder(InputMessage)
+_CALL = msgspec.json.Decoder(InputCall)
+_CALL_OUTPUT = msgspec.json.Decoder(InputCallOutput)
+_REASONING = msgspec.json.Decoder(InputReasoning)
 _REFERENCE = msgspec.json.Decoder(Reference)
 
 
@@ -259,7 +283,7 @@ _READERS: Mapping[str, Callable[[bytes], AnyItem | Reference]] = {
 }
 
 
-def _text(part: _Part, where: str, kinds: Sequence[str]) -> str:
+def _text(part: InputPart, where: str, kinds: Sequence[str]) -> str:
     if part.type in _MEDIA:
         raise RequestError(
             f"{where}: parts of type {part.type!r} are not supported, this model reads text only",

@@ -5,22 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from quantd.daemon.errors import RequestError
 from quantd.daemon.server import chat
+from quantd.daemon.server.limits import LOGPROBS, METADATA
 from quantd.daemon.server.metadata import check_metadata
-from quantd.daemon.server.responses.items import AnyItem, Reference, messages_of, read_items
+from quantd.daemon.server.responses.items import (
+    AnyItem,
+    InputItem,
+    Reference,
+    messages_of,
+    read_items,
+)
 from quantd.daemon.server.sampling import (
-    MAX_LOGPROBS,
     Options,
     integer,
     out_of_range,
     refuse_unserved,
 )
-from quantd.daemon.server.schemas import ChatBody, GenerationBody, Integer, Json, Message
+from quantd.daemon.server.schemas import (
+    ChatBody,
+    Count,
+    GenerationBody,
+    Integer,
+    Json,
+    Logprobs,
+    Message,
+    Refused,
+)
 
 _ENCRYPTED = "reasoning.encrypted_content"
 _LOGPROBS = "message.output_text.logprobs"
@@ -69,7 +84,7 @@ class TextOptions(msgspec.Struct):
 class ContextBody(GenerationBody, kw_only=True):
     """What both creating a response and counting its tokens take."""
 
-    input: str | list[msgspec.Raw] | None = None
+    input: str | list[InputItem] | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
     conversation: str | ConversationRef | None = None
@@ -82,22 +97,21 @@ class ContextBody(GenerationBody, kw_only=True):
 
 
 class ResponseBody(ContextBody, kw_only=True):
-    max_output_tokens: Integer | None = None
-    metadata: dict[str, str] | None = None
+    max_output_tokens: Count | None = None
+    metadata: Annotated[dict[str, str], METADATA] | None = None
     store: bool | None = None
     background: bool | None = None
     include: list[str] | None = None
-    top_logprobs: Integer | None = None
+    top_logprobs: Logprobs | None = None
     max_tool_calls: Integer | None = None
     """Of hosted tools, and there are none: without effect."""
 
-    # Refused by name, unless they ask for nothing
-    prompt: Json = None
-    context_management: Json = None
-    moderation: Json = None
-    background_options: Json = None
-    access_programs: Json = None
-    image: Json = None
+    prompt: Refused = None
+    context_management: Refused = None
+    moderation: Refused = None
+    background_options: Refused = None
+    access_programs: Refused = None
+    image: Refused = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +185,7 @@ def chat_of(body: ContextBody, messages: Sequence[Message]) -> ChatBody:
         wants_logprobs = _LOGPROBS in (body.include or ()) or bool(body.top_logprobs)
         if wants_logprobs:
             fields["logprobs"] = True
-            fields["top_logprobs"] = integer("top_logprobs", body.top_logprobs, 0, 0, MAX_LOGPROBS)
+            fields["top_logprobs"] = integer("top_logprobs", body.top_logprobs, 0, LOGPROBS)
     text = body.text or TextOptions()
     fields |= {
         "model": body.model,

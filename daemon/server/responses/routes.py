@@ -13,12 +13,13 @@ from quantd.daemon.server import chat, query
 from quantd.daemon.server.body import decode, read_body
 from quantd.daemon.server.context import CALLER, CONTEXT, Asker, asker
 from quantd.daemon.server.files import Deleted
+from quantd.daemon.server.limits import PAGE
 from quantd.daemon.server.messages import check_messages
 from quantd.daemon.server.middleware import has_left, unexpected
 from quantd.daemon.server.models import json_response
 from quantd.daemon.server.responses.background import decode_object, events_after
 from quantd.daemon.server.responses.events import error_event
-from quantd.daemon.server.responses.items import read_items
+from quantd.daemon.server.responses.items import ShownItem, read_items
 from quantd.daemon.server.responses.object import ResponseObject
 from quantd.daemon.server.responses.request import (
     ContextBody,
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
 _DECODER = msgspec.json.Decoder(ResponseBody)
 _COUNT = msgspec.json.Decoder(ContextBody)
-LIST_LIMIT = 100
 
 
 class InputTokens(msgspec.Struct):
@@ -50,7 +50,7 @@ class InputTokens(msgspec.Struct):
 
 
 class ItemList(msgspec.Struct):
-    data: list[msgspec.Raw]
+    data: list[ShownItem]
     has_more: bool
     first_id: str
     last_id: str
@@ -97,9 +97,9 @@ async def _stream(request: web.Request, events: AsyncGenerator[bytes, None]) -> 
 
 async def get(request: web.Request) -> web.StreamResponse:
     row = await _row(request)
-    if not query.flag(request, "stream"):
+    is_streamed, after = query.flag(request, "stream"), _starting_after(request)
+    if not is_streamed:
         return _shown(row)
-    after = _starting_after(request)
     events = request.app[CONTEXT].state.background.follow(row.id, after)
     if events is not None:
         return await _stream(request, events)
@@ -152,7 +152,7 @@ async def input_items(request: web.Request) -> web.Response:
         request.match_info["id"],
         _now(request),
         after=query.after(request),
-        limit=query.page_limit(request, 20, LIST_LIMIT),
+        limit=query.page_limit(request, 20, PAGE),
         descending=query.is_descending(request),
     )
     return json_response(item_list(page))

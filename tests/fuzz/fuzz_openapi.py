@@ -1,0 +1,67 @@
+"""The real daemon against its own description: schemathesis asks for what the document allows and
+for what it does not, and holds every answer to it. Prints what it found, and exits with 1 then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from harness import Daemon
+
+KEY = "key-of-the-fuzzer"
+
+
+def run(document: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """`document`: a URL or a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        return subprocess.run(
+            [
+                *(sys.executable, "-m", "schemathesis.cli", "run", document, "--no-color"),
+                *("--header", f"Authorization: Bearer {KEY}", "--warnings", "off"),
+                # What is right in itself may be too long for the model, or not what it is for.
+                *("--exclude-checks", "positive_data_acceptance"),
+                *("--continue-on-failure", "--generation-database", "none", *options),
+            ],
+            cwd=folder,
+            env=os.environ
+            | {"SCHEMATHESIS_HOOKS": "openapi_hooks", "PYTHONPATH": str(Path(__file__).parent)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+def serve(folder: Path) -> Daemon:
+    """With a short context, so that nothing that is let through runs for long, and with a key, so
+    that its absence is tried as well."""
+    keys = folder / "keys"
+    keys.write_text(f"fuzzer:{KEY}\n")
+    return Daemon(
+        *("demo", "--dtype", "float32", "--threads", "1", "--max-context", "64"),
+        *("--api-keys-file", str(keys)),
+        folder=folder,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--examples", type=int, default=1000, help="of each operation")
+    examples = parser.parse_args().examples
+    daemon = serve(Path(tempfile.mkdtemp(prefix="quantd-fuzz-")))
+    try:
+        done = run(f"{daemon.url}/openapi.json", "--max-examples", str(examples))
+        print(done.stdout)
+        log = daemon.log.read_text()
+        assert "Traceback" not in log and '"level":"error"' not in log, log[-4000:]
+        return done.returncode
+    finally:
+        daemon.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
