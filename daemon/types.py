@@ -14,7 +14,8 @@ import msgspec
 BLOCK_TOKENS = 16
 """Tokens in one KV block."""
 
-FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
+FinishReason = Literal["stop", "length", "abort", "error", "timeout", "excluded"]
+"""excluded: the request's own fields leave no token that may follow."""
 
 
 class Grammar(msgspec.Struct, frozen=True, array_like=True):
@@ -112,7 +113,7 @@ class TokenEvent(msgspec.Struct, frozen=True, gc=False):
     """In the first event only, one per prompt token (None for the first), when asked for."""
     finish_reason: FinishReason | None = None
     error: str | None = None
-    """Why, when finish_reason is "error"."""
+    """Why, when finish_reason is "error", "timeout" or "excluded"."""
     num_cached_tokens: int = 0
     """Prompt tokens that were not computed because their blocks were there."""
     complete: bool = False
@@ -328,6 +329,8 @@ class Sampled(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The sequence ends with `token`, which is text: its grammar lets nothing follow."""
     vector: bytes | None = None
     """What a model with `ModelInfo.pooling` gives, as little-endian float32; `token` is 0."""
+    is_excluded: bool = False
+    """With `error`: it is the request's own fields that leave no token."""
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -541,7 +541,8 @@ class Scheduler:
         assert item.seq == seq.id, "the worker answered for another sequence"
         if item.error is not None:
             self._finish(seq, now, spoilt=True)
-            return SequenceUpdate(seq, finish_reason="error", error=item.error)
+            why: FinishReason = "excluded" if item.is_excluded else "error"
+            return SequenceUpdate(seq, finish_reason=why, error=item.error)
         prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
         if seq.first_token_at is None:
             seq.first_token_at = now

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from quantd.daemon.errors import DeadlineExceeded, Unavailable
+from quantd.daemon.errors import DeadlineExceeded, RequestError, Unavailable
 from quantd.daemon.server.sampling import Options
 from quantd.daemon.types import SamplingParams, TokenEvent, TokenLogprob
 
@@ -115,7 +115,7 @@ class Choice:
 
     async def next(self) -> Delta:
         """Waits until there is something to say: text or the end. Raises Unavailable when the
-        engine gave the request up."""
+        engine gave the request up, and RequestError when its fields leave nothing to say."""
         while True:
             event = await self._stream.__anext__()
             delta = self._take(event)
@@ -134,6 +134,8 @@ class Choice:
     def _take(self, event: TokenEvent) -> Delta:
         if event.finish_reason == "timeout":
             raise DeadlineExceeded(event.error or "the timeout is over", param="timeout")
+        if event.finish_reason == "excluded":
+            raise RequestError(event.error or "no token is left", code="nothing_to_sample")
         if event.finish_reason == "error" or event.finish_reason == "abort":
             raise Unavailable(event.error or "the request was aborted")
         if event.prompt_logprobs:

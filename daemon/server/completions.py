@@ -110,12 +110,8 @@ def _read_options(body: CompletionBody) -> Options:
     return dataclasses.replace(options, logs_stop_token=True)
 
 
-def _read_prompt(prompt: str | list[str | int | list[int]] | None) -> list[str | list[int]]:
+def _read_prompt(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
     """One entry per prompt. Raises RequestError for what is neither of OpenAI's four forms."""
-    if prompt is None:
-        raise RequestError(
-            "prompt: this field is required", param="prompt", code="missing_required_parameter"
-        )
     if isinstance(prompt, str):
         return [prompt]
     texts = [item for item in prompt if isinstance(item, str)]

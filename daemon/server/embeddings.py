@@ -124,12 +124,8 @@ async def embed_by(lease: Lease, asker: Asker, wanted: Wanted) -> tuple[list[byt
     return [_cut(vector, size, pooling) for vector in found], sum(map(len, prompts))
 
 
-def _read_input(given: str | list[str | int | list[int]] | None) -> list[str | list[int]]:
+def _read_input(given: str | list[str | int | list[int]]) -> list[str | list[int]]:
     """One entry per text. Raises RequestError for what is neither of OpenAI's four forms."""
-    if given is None:
-        raise RequestError(
-            "input: this field is required", param="input", code="missing_required_parameter"
-        )
     if isinstance(given, str):
         texts: list[str | list[int]] = [given]
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 import msgspec
 from aiohttp import BodyPartReader, web
@@ -30,6 +30,8 @@ _READ_BYTES = 1 << 16
 
 class Form(msgspec.Struct):
     """The fields of an upload; `_read_form` reads them as they come."""
+
+    RULES: ClassVar = {"additionalProperties": False}
 
     file: Annotated[str, Meta(extra_json_schema={"format": "binary"})]
     purpose: Purpose

@@ -77,6 +77,7 @@ TOOL_NAME = r"[A-Za-z0-9_.-]{1,128}"
 CHOICE_STRINGS = 4096
 TEXTS = Length(1, 2048)  # in one request, as OpenAI's
 SALT_CHARS = Length(1, 256)
+TOKEN_ID = r"-?[0-9]{1,10}"
 REQUEST_ID = r"[A-Za-z0-9._:-]{1,128}"
 
 PAGE = Range(1, 100)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from quantd.daemon.text import TextModel
 
 _REQUEST_ID = re.compile(limits.REQUEST_ID)
+_TOKEN_ID = re.compile(limits.TOKEN_ID)
 _MASK64 = (1 << 64) - 1
 
 
@@ -298,10 +299,9 @@ def _stop_strings(value: str | list[str] | None) -> tuple[str, ...]:
 def _logit_bias(bias: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     pairs: dict[int, float] = {}
     for key, value in bias.items():
-        try:
-            token = int(key)
-        except ValueError:
-            raise out_of_range("logit_bias", key, "a map from token ids to numbers") from None
+        if not _TOKEN_ID.fullmatch(key):
+            raise out_of_range("logit_bias", key[:64], "a map from token ids to numbers")
+        token = int(key)
         real(f"logit_bias[{key}]", value, 0.0, limits.LOGIT_BIAS)
         pairs[token] = value
     return tuple(pairs.items())

@@ -135,10 +135,17 @@ def _always_whole(component: dict[str, Any]) -> None:
 
 
 def _describe(kinds: Iterable[Any], components: Mapping[str, Any]) -> None:
-    """Puts in what the source says below each field."""
+    """Puts in `RULES`, and what the source says below each field."""
     for struct in _structs(kinds):
         full = f"{struct.__module__}.{struct.__qualname__}"
         component = components[full if full in components else struct.__name__]
+        for rule, value in getattr(struct, "RULES", {}).items():
+            if rule == "required":
+                component[rule] = [*component[rule], *value]
+            elif rule == "properties":
+                component[rule] |= value
+            else:
+                component[rule] = value
         encoded = dict(zip(struct.__struct_fields__, struct.__struct_encode_fields__, strict=True))
         for owner in reversed(struct.__mro__):
             for field, text in _docs(owner.__module__).get(owner.__name__, {}).items():

@@ -3,12 +3,13 @@
 What JSON can say wrong (type, missing field, not JSON at all) is found here; fields that need the
 model to judge, and ranges, in `sampling.py`: those of `limits.py`, as the schema has them. Unknown
 fields are accepted, as clients send many. An integer is typed `Integer`, because JavaScript and Lua
-clients write 16 as 16.0. The line under a field goes into the schema as well.
+clients write 16 as 16.0. The line under a field goes into the schema as well, and so do `RULES`:
+what JSON Schema can say of a body and a struct cannot.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import Meta
@@ -51,6 +52,21 @@ Tool = Annotated[
                     },
                     "required": ["name"],
                 },
+            },
+            "required": ["function"],
+        }
+    ),
+]
+Call = Annotated[
+    dict[str, Json],
+    Meta(
+        extra_json_schema={
+            "properties": {
+                "function": {
+                    "type": "object",
+                    "properties": {"name": {"type": "string", "minLength": 1}},
+                    "required": ["name"],
+                }
             },
             "required": ["function"],
         }
@@ -104,7 +120,10 @@ class GenerationBody(Body, kw_only=True):
     stream_options: StreamOptions | None = None
     presence_penalty: Annotated[float, limits.PENALTY.meta] | None = None
     frequency_penalty: Annotated[float, limits.PENALTY.meta] | None = None
-    logit_bias: dict[str, Annotated[float, limits.LOGIT_BIAS.meta]] | None = None
+    logit_bias: (
+        dict[Annotated[str, pattern(limits.TOKEN_ID)], Annotated[float, limits.LOGIT_BIAS.meta]]
+        | None
+    ) = None
     """From token ids."""
     best_of: Count | None = None
     """The same as n."""
@@ -169,15 +188,24 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class ContentPart(msgspec.Struct):
-    type: Annotated[str, Meta(extra_json_schema={"const": "text"})]
+    RULES: ClassVar = {"required": ["text"], "properties": {"text": {"type": "string"}}}
+
+    type: Annotated[str, one_of("text")]
     text: str | None = None
 
 
 class Message(msgspec.Struct):
-    role: Annotated[str, Meta(extra_json_schema={"enum": list(ROLES)})]
+    RULES: ClassVar = {
+        "anyOf": [
+            {"properties": {"role": {"const": "assistant"}}},
+            {"properties": {"content": {"type": ["string", "array"]}}, "required": ["content"]},
+        ]
+    }
+
+    role: Annotated[str, one_of(*ROLES)]
     content: str | list[ContentPart] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Json]] | None = None
+    tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
@@ -217,7 +245,7 @@ class ChatBody(GenerationBody, kw_only=True):
 
 
 class CompletionBody(GenerationBody, kw_only=True):
-    prompt: str | list[str | int | list[int]] | None = None
+    prompt: str | list[str | int | list[int]]
     echo: bool | None = None
     logprobs: Logprobs | None = None
     add_special_tokens: bool | None = None
@@ -226,8 +254,15 @@ class CompletionBody(GenerationBody, kw_only=True):
 
 
 class TokenizeBody(Body, kw_only=True):
+    RULES: ClassVar = {
+        "oneOf": [
+            {"required": ["prompt"], "properties": {"prompt": {"type": "string"}}},
+            {"required": ["messages"], "properties": {"messages": {"type": "array"}}},
+        ]
+    }
+
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Annotated[list[Message], Meta(extra_json_schema={"minItems": 1})] | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -257,9 +292,8 @@ class PooledBody(Body, kw_only=True):
 
 
 class EmbeddingBody(PooledBody, kw_only=True):
-    input: str | list[str | int | list[int]] | None = None
-    encoding_format: str | None = None
-    """float or base64."""
+    input: str | list[str | int | list[int]]
+    encoding_format: Annotated[str | None, one_of(None, "float", "base64")] = None
     dimensions: Count | None = None
     add_special_tokens: bool | None = None
 

@@ -112,7 +112,7 @@ class Sampler:
                 else:
                     tokens[i] = token
         return [
-            Sampled(row.seq, 0, error=errors[i])
+            Sampled(row.seq, 0, error=errors[i], is_excluded=errors[i] is _ALL_MASKED)
             if i in errors
             else Sampled(row.seq, tokens[i], self._logprob(logits[i], tokens[i], row.sampling))
             for i, row in enumerate(rows)

@@ -144,8 +144,9 @@ def test_nothing_left_to_sample_ends_one_request_and_no_other(demo: Daemon) -> N
     status, _, data = demo.request(
         "POST", CHAT, body(NUMBERS, allowed_token_ids=[0], response_format={"type": "json_object"})
     )
-    assert status == 503
-    assert "no token may be sampled" in json.loads(data)["error"]["message"]
+    error = json.loads(data)["error"]
+    assert (status, error["code"]) == (400, "nothing_to_sample")
+    assert "no token may be sampled" in error["message"]
     assert demo.post(CHAT, body(NUMBERS))["choices"][0]["finish_reason"] == "stop"
 
 

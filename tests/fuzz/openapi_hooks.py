@@ -12,6 +12,7 @@ MODEL = "demo"
 MOST_TOKENS = 4
 _TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _REPEATS = ("n", "best_of")
+NOT_OF_A_FIELD = ("invalid_json", "invalid_body", "unsupported_encoding", "nothing_to_sample")
 
 
 @schemathesis.hook
@@ -54,7 +55,7 @@ def map_body(context: schemathesis.HookContext, body: Any) -> Any:
     if not isinstance(body, dict):
         return body
     body = dict(body)
-    if isinstance(body.get("model"), str) or body.get("model") is None:
+    if isinstance(body.get("model"), str):
         body["model"] = MODEL
     for name in _TOKENS:
         if _is_above(body.get(name), MOST_TOKENS):
@@ -78,5 +79,5 @@ def names_the_field(
         return  # Anthropic's errors have no place for it but the message
     error = json.loads(response.content)["error"]
     is_object = isinstance(case.body, dict) and case.media_type == "application/json"
-    if is_object and error["code"] not in ("invalid_json", "invalid_body", "unsupported_encoding"):
+    if is_object and error["code"] not in NOT_OF_A_FIELD:
         assert error["param"], f"the error names no field: {error}"

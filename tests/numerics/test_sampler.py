@@ -315,6 +315,7 @@ def test_masking_the_whole_vocabulary_is_an_error(temperature: float) -> None:
     bad = row(3, temperature=temperature, allowed_token_ids=(7,), bad_words=((7,),))
     sampled = Sampler(VOCAB).sample(logits(2), [bad, row(4)])
     assert sampled[0].error is not None and "no token may be sampled" in sampled[0].error
+    assert sampled[0].is_excluded
     assert sampled[1].error is None
 
 

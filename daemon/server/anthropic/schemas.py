@@ -8,13 +8,14 @@ import msgspec
 from msgspec import Meta
 
 from quantd.daemon.server import limits
+from quantd.daemon.server.limits import one_of
 from quantd.daemon.server.schemas import Count, Integer, Json, Refused, StopStrings
 
 
 class Block(msgspec.Struct):
     """Of any type; which fields it must have is checked where it is read."""
 
-    type: str
+    type: Annotated[str, one_of("text", "thinking", "tool_use", "tool_result")]
     text: str | None = None
     thinking: str | None = None
     id: str | None = None
@@ -25,21 +26,36 @@ class Block(msgspec.Struct):
 
 
 class InputMessage(msgspec.Struct):
-    role: Annotated[str, Meta(extra_json_schema={"enum": ["user", "assistant"]})]
+    role: Annotated[str, one_of("user", "assistant")]
     content: str | list[Block]
 
 
+Tool = Annotated[
+    dict[str, Json],
+    Meta(
+        extra_json_schema={
+            "properties": {
+                "type": {"enum": [None, "custom"]},
+                "name": {"type": "string", "pattern": f"^{limits.TOOL_NAME}$"},
+                "description": {},
+                "input_schema": {"type": ["object", "null"]},
+                "strict": {"type": ["boolean", "null"]},
+            },
+            "required": ["name", "input_schema"],
+        }
+    ),
+]
+
+
 class Thinking(msgspec.Struct):
-    type: str
-    """enabled, disabled or adaptive."""
+    type: Annotated[str, one_of("enabled", "disabled", "adaptive")]
     budget_tokens: Integer | None = None
     """Without effect: a model says by itself how long it thinks."""
     display: str | None = None
 
 
 class ToolChoice(msgspec.Struct):
-    type: str
-    """auto, any, none, or tool with a name."""
+    type: Annotated[str, one_of("auto", "any", "none", "tool")]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
 
@@ -55,7 +71,7 @@ class CountBody(msgspec.Struct, kw_only=True):
     model: str
     messages: Annotated[list[InputMessage], Meta(extra_json_schema={"minItems": 1})]
     system: str | list[Block] | None = None
-    tools: list[dict[str, Json]] | None = None
+    tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None

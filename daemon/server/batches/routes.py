@@ -13,7 +13,7 @@ from quantd.daemon.server import query
 from quantd.daemon.server.body import read_body
 from quantd.daemon.server.context import CALLER, CONTEXT
 from quantd.daemon.server.files import BATCH_SECONDS, lifetime
-from quantd.daemon.server.limits import EXPIRY_SECONDS, METADATA, PAGE, shown_as
+from quantd.daemon.server.limits import EXPIRY_SECONDS, METADATA, PAGE, pattern, shown_as
 from quantd.daemon.server.metadata import check_metadata
 from quantd.daemon.server.models import json_response
 from quantd.daemon.server.sampling import out_of_range, whole
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from quantd.daemon.store import Batch
 
 MAX_WINDOW = 7 * 86400
-_WINDOW = re.compile(r"([1-9]\d{0,5})([smhd])", re.ASCII)
+_WINDOW = re.compile(r"([1-9][0-9]{0,5})([smhd])")
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -34,8 +34,8 @@ class OutputExpiry(msgspec.Struct):
 class BatchBody(msgspec.Struct):
     input_file_id: str
     endpoint: str
-    completion_window: str
-    """Like 24h, 30m or 7d, which is the most."""
+    completion_window: Annotated[str, pattern(_WINDOW.pattern)]
+    """At most 7d."""
     metadata: Annotated[dict[str, str], METADATA] | None = None
     output_expires_after: OutputExpiry | None = None
 

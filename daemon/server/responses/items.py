@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Meta
 
 from quantd.daemon.errors import RequestError
 from quantd.daemon.server import limits
 from quantd.daemon.server.body import decode
-from quantd.daemon.server.limits import shown_as
+from quantd.daemon.server.limits import one_of, shown_as
 from quantd.daemon.server.sampling import out_of_range
 from quantd.daemon.server.schemas import ContentPart, Json, Message
 from quantd.daemon.store import Item
@@ -24,6 +23,10 @@ from quantd.daemon.store.rows import new_id
 MAX_ITEMS = 10_000
 ROLES = ("user", "assistant", "system", "developer")
 _MEDIA = ("input_image", "input_file", "input_audio", "input_video")
+PART_TYPES = (
+    *("input_text", "output_text", "text"),
+    *("refusal", "reasoning_text", "summary_text"),
+)
 _SERVED = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
 _ID = re.compile(limits.REQUEST_ID)
 
@@ -107,13 +110,13 @@ class _Head(msgspec.Struct):
 
 
 class InputPart(msgspec.Struct):
-    type: str
+    type: Annotated[str, one_of(*PART_TYPES)]
     text: str | None = None
     refusal: str | None = None
 
 
 class InputMessage(msgspec.Struct):
-    role: Annotated[str, Meta(extra_json_schema={"enum": list(ROLES)})]
+    role: Annotated[str, one_of(*ROLES)]
     content: str | list[InputPart]
     type: Literal["message"] | None = None
     id: ItemId | None = None

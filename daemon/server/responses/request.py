@@ -11,7 +11,7 @@ import msgspec
 
 from quantd.daemon.errors import RequestError
 from quantd.daemon.server import chat
-from quantd.daemon.server.limits import LOGPROBS, METADATA
+from quantd.daemon.server.limits import LOGPROBS, METADATA, one_of
 from quantd.daemon.server.metadata import check_metadata
 from quantd.daemon.server.responses.items import (
     AnyItem,
@@ -93,7 +93,7 @@ class ContextBody(GenerationBody, kw_only=True):
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     text: TextOptions | None = None
-    truncation: str | None = None
+    truncation: Annotated[str | None, one_of(None, "auto", "disabled")] = None
 
 
 class ResponseBody(ContextBody, kw_only=True):
@@ -101,11 +101,18 @@ class ResponseBody(ContextBody, kw_only=True):
     metadata: Annotated[dict[str, str], METADATA] | None = None
     store: bool | None = None
     background: bool | None = None
-    include: list[str] | None = None
+    include: list[Annotated[str, one_of(*_INCLUDABLE)]] | None = None
     top_logprobs: Logprobs | None = None
     max_tool_calls: Integer | None = None
     """Of hosted tools, and there are none: without effect."""
 
+    max_tokens: Annotated[Integer | None, one_of(None)] = None
+    """Here it is max_output_tokens."""
+    n: Annotated[Integer | None, one_of(None)] = None
+    """Here there is one answer."""
+    best_of: Annotated[Integer | None, one_of(None)] = None
+    request_id: Annotated[str | None, one_of(None)] = None
+    return_token_ids: Annotated[bool | None, one_of(None, False)] = None
     prompt: Refused = None
     context_management: Refused = None
     moderation: Refused = None
