@@ -8,9 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
-from quantd.daemon.server.anthropic.errors import is_below
 from quantd.daemon.server.middleware import OPEN_PATHS
-from quantd.daemon.server.routes import ADMIN_ROUTES, JSON, ROUTES, Query, Route, every
+from quantd.daemon.server.routes import ADMIN_ROUTES, JSON, ROUTES, SSE, Query, Route, every
 from quantd.daemon.server.schema import Types
 from quantd.daemon.server.system import package_version
 
@@ -77,12 +76,7 @@ def _reply_names(route: Route) -> Iterator[str]:
     if route.reply is not None:
         yield route.reply
     yield from route.events
-    yield _error_of(route)
-
-
-def _error_of(route: Route) -> str:
-    """The shape of the face that is called."""
-    return "anthropic.errors.ErrorBody" if is_below(route.path) else "errors.ErrorBody"
+    yield route.error
 
 
 def _plain(path: str) -> str:
@@ -123,13 +117,16 @@ def _responses(route: Route, types: Types) -> dict[str, Any]:
     reply = {} if route.reply is None else {"schema": types.schema([route.reply])}
     content: dict[str, Any] = {route.reply_format: reply}
     if route.events:
-        content[route.events_format] = {"schema": _event(types.schema(route.events))}
+        data = types.schema(route.events)
+        content[route.events_format] = {
+            "schema": _event(data) if route.events_format == SSE else data
+        }
     found: dict[int, Any] = {
         status: {"description": HTTPStatus(status).phrase, "content": content}
         for status in route.statuses
     }
     for status in {*route.errors, *_implied(route)} - found.keys():
-        shape = {"schema": types.schema([_error_of(route)])}
+        shape = {"schema": types.schema([route.error])}
         found[status] = {"description": _SAYS[status], "content": {JSON: shape}}
         if status in _HEADERS:
             name, says = _HEADERS[status]

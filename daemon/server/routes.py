@@ -50,9 +50,12 @@ class Route:
     statuses: Sequence[int] = (200,)
     """Those that come with the reply."""
     errors: Sequence[int] = ()
+    error: str = "errors.ErrorBody"
+    """The shape of the face's errors."""
     body_format: str = JSON
     reply_format: str = JSON
     events_format: str = SSE
+    """Of any other format, `events` are its lines."""
     example: Mapping[str, Any] = field(default_factory=dict)
     """A body that is answered, whatever the model."""
 
@@ -116,6 +119,7 @@ _CONVERSATION = "responses.conversations.ConversationObject"
 _FILE = "files.FileObject"
 _BATCH = "batches.routes.BatchObject"
 _DELETED = "files.Deleted"
+_ANTHROPIC_ERROR = "anthropic.errors.ErrorBody"
 
 
 def _rerank(path: str) -> Route:
@@ -312,6 +316,7 @@ ROUTES: Mapping[str, Sequence[Route]] = {
             body="anthropic.schemas.MessagesBody",
             events=("anthropic.event_types.AnyEvent",),
             errors=_RUNS,
+            error=_ANTHROPIC_ERROR,
             example={"messages": _HELLO, "max_tokens": 64},
         ),
         post(
@@ -321,6 +326,7 @@ ROUTES: Mapping[str, Sequence[Route]] = {
             "anthropic.routes.InputTokens",
             body="anthropic.schemas.CountBody",
             errors=_MODEL,
+            error=_ANTHROPIC_ERROR,
             example={"messages": _HELLO},
         ),
     ),

@@ -59,7 +59,10 @@ async def test_every_route_is_in_it() -> None:
         if route.method != "HEAD" and route.resource is not None
     }
     described = {
-        (method, path) for path, methods in DOCUMENT["paths"].items() for method in methods
+        (method, path)
+        for path, methods in DOCUMENT["paths"].items()
+        for method in methods
+        if method != "head"  # aiohttp answers it wherever there is a GET
     }
     assert described == routes
 
