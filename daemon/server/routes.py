@@ -21,6 +21,7 @@ from quantd.daemon.server.limits import pattern
 
 JSON = "application/json"
 SSE = "text/event-stream"
+NDJSON = "application/x-ndjson"
 
 
 class Query(NamedTuple):
@@ -120,6 +121,7 @@ _FILE = "files.FileObject"
 _BATCH = "batches.routes.BatchObject"
 _DELETED = "files.Deleted"
 _ANTHROPIC_ERROR = "anthropic.errors.ErrorBody"
+_OLLAMA_ERROR = "ollama.errors.ErrorBody"
 
 
 def _rerank(path: str) -> Route:
@@ -131,6 +133,18 @@ def _rerank(path: str) -> Route:
         body="schemas.RerankBody",
         errors=_RUNS,
         example=_RERANK,
+    )
+
+
+def _ollama(method: str, path: str, handler: str, says: str, reply: str, **more: Any) -> Route:
+    return Route(
+        method=method,
+        path=path,
+        handler=f"ollama.{handler}",
+        says=says,
+        reply=f"ollama.reply_types.{reply}",
+        error=_OLLAMA_ERROR,
+        **more,
     )
 
 
@@ -328,6 +342,89 @@ ROUTES: Mapping[str, Sequence[Route]] = {
             errors=_MODEL,
             error=_ANTHROPIC_ERROR,
             example={"messages": _HELLO},
+        ),
+    ),
+    "Ollama's API": (
+        get(
+            "/",
+            "ollama.models.home",
+            "Says that somebody is there.",
+            None,
+            reply_format="text/plain",
+            error=_OLLAMA_ERROR,
+        ),
+        _ollama("GET", "/api/version", "models.version", "The API's release.", "ApiVersion"),
+        _ollama("GET", "/api/tags", "models.tags", "Lists the models.", "Tags"),
+        _ollama("GET", "/api/ps", "models.ps", "Lists the models in memory.", "Running"),
+        _ollama(
+            "POST",
+            "/api/show",
+            "models.show",
+            "Shows one model.",
+            "ShownModel",
+            body="ollama.schemas.ShowRequest",
+            errors=(404,),
+        ),
+        _ollama(
+            "POST",
+            "/api/chat",
+            "routes.chat",
+            "Answers a chat; without messages, loads the model or lets it go.",
+            "ChatAnswer",
+            body="ollama.schemas.ChatRequest",
+            events=("ollama.reply_types.ChatAnswer", _OLLAMA_ERROR),
+            events_format=NDJSON,
+            errors=_RUNS,
+            example={"messages": _HELLO, "stream": False},
+        ),
+        _ollama(
+            "POST",
+            "/api/generate",
+            "routes.generate",
+            "Answers a prompt; without one, loads the model or lets it go.",
+            "GenerateAnswer",
+            body="ollama.schemas.GenerateRequest",
+            events=("ollama.reply_types.GenerateAnswer", _OLLAMA_ERROR),
+            events_format=NDJSON,
+            errors=_RUNS,
+            example={"prompt": "What is the capital of France?", "stream": False},
+        ),
+        _ollama(
+            "POST",
+            "/api/embed",
+            "embed.embed",
+            "Turns texts into vectors of length 1.",
+            "EmbedAnswer",
+            body="ollama.schemas.EmbedRequest",
+            errors=_RUNS,
+            example={"input": "Hello"},
+        ),
+        _ollama(
+            "POST",
+            "/api/embeddings",
+            "embed.embeddings",
+            "Turns a text into a vector.",
+            "EmbeddingAnswer",
+            body="ollama.schemas.EmbeddingsRequest",
+            errors=_RUNS,
+            example={"prompt": "Hello"},
+        ),
+        *(
+            Route(
+                method=method,
+                path=path,
+                handler="ollama.routes.refuse",
+                says="Not served: models are files on this machine.",
+                reply=_OLLAMA_ERROR,
+                statuses=(501,),
+                error=_OLLAMA_ERROR,
+            )
+            for method, path in (
+                *(("POST", f"/api/{name}") for name in ("pull", "push", "create", "copy")),
+                ("DELETE", "/api/delete"),
+                ("HEAD", "/api/blobs/{digest}"),
+                ("POST", "/api/blobs/{digest}"),
+            )
         ),
     ),
     "Embeddings and rerankings": (

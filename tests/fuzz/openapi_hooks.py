@@ -57,6 +57,8 @@ def map_body(context: schemathesis.HookContext, body: Any) -> Any:
     body = dict(body)
     if isinstance(body.get("model"), str):
         body["model"] = MODEL
+    if body.get("keep_alive") == 0:
+        body["keep_alive"] = 60  # or each request would load the model
     for name in _TOKENS:
         if _is_above(body.get(name), MOST_TOKENS):
             body[name] = MOST_TOKENS
@@ -78,6 +80,8 @@ def names_the_field(
     if response.status_code != 400 or "/v1/messages" in case.path:
         return  # Anthropic's errors have no place for it but the message
     error = json.loads(response.content)["error"]
+    if isinstance(error, str):
+        return  # Ollama's, which are a message and no more
     is_object = isinstance(case.body, dict) and case.media_type == "application/json"
     if is_object and error["code"] not in NOT_OF_A_FIELD:
         assert error["param"], f"the error names no field: {error}"

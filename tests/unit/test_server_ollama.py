@@ -404,7 +404,7 @@ async def test_the_context_ends_every_answer(served: Served, number: int | None)
         ({"temperature": 3}, "options.temperature must be between 0 and 2, got 3"),
         ({"temperature": "hot"}, "options.temperature: Expected float | null, got str"),
         ({"top_p": 0}, "options.top_p must be above 0"),
-        ({"repeat_penalty": 0}, "options.repeat_penalty must be above 0, got 0"),
+        ({"repeat_penalty": 0}, "options.repeat_penalty must be between 0.01 and 100, got 0"),
         ({"stop": ["x"] * 65}, "options.stop has 65 strings"),
         ({"stop": [""]}, "options.stop: a stop string has 1 to"),
         ({"seed": 1 << 70}, "options.seed"),

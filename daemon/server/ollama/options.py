@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from quantd.daemon.errors import RequestError
+from quantd.daemon.server.limits import POSITIVE
 from quantd.daemon.server.ollama.schemas import AnswerRequest, ModelOptions
 from quantd.daemon.server.sampling import integer, out_of_range, whole
 from quantd.daemon.server.schemas import Json
@@ -88,7 +89,7 @@ def _num_predict(value: float | None) -> int | None:
         return None
     if number < 1:
         raise out_of_range(name, number, "at least 1, or -1 or -2 for no limit")
-    return integer(name, number, 1, 1)
+    return integer(name, number, 1, POSITIVE)
 
 
 def _response_format(format: Json) -> Json:
@@ -105,7 +106,7 @@ def context_limit(options: ModelOptions | None, max_context: int) -> int:
     """Tokens that `num_ctx` asks for; raises RequestError when the model has fewer."""
     name = "options.num_ctx"
     value = None if options is None else options.num_ctx
-    asked = integer(name, value, max_context, 1)
+    asked = integer(name, value, max_context, POSITIVE)
     if asked > max_context:
         raise out_of_range(name, asked, f"at most {max_context}, this model's context")
     return asked

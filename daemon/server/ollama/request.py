@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quantd.daemon.errors import RequestError
 from quantd.daemon.server import chat
 from quantd.daemon.server.generate import Api
+from quantd.daemon.server.limits import LOGPROBS
 from quantd.daemon.server.messages import off_loop
 from quantd.daemon.server.ollama.options import generation_fields, keep_alive_seconds
 from quantd.daemon.server.ollama.schemas import (
@@ -22,7 +23,6 @@ from quantd.daemon.server.ollama.schemas import (
 )
 from quantd.daemon.server.prompts import Change, Prompt, PromptSource
 from quantd.daemon.server.sampling import (
-    MAX_LOGPROBS,
     Options,
     integer,
     out_of_range,
@@ -109,7 +109,7 @@ def _raw(sent: GenerateRequest, prompt: str) -> Wanted:
     if sent.think:
         raise RequestError("think cannot be given beside raw", param="think")
     fields = generation_fields(sent)
-    num_top = integer("top_logprobs", sent.top_logprobs, 0, 0, MAX_LOGPROBS)
+    num_top = integer("top_logprobs", sent.top_logprobs, 0, LOGPROBS)
     options = read_options(
         GenerationBody(**fields),
         max_tokens=fields["max_tokens"],
