@@ -13,7 +13,7 @@ from quantd.daemon.server.body import read_body
 from quantd.daemon.server.context import asker
 from quantd.daemon.server.embeddings import admitted, check, embed_by, numbers
 from quantd.daemon.server.models import json_response
-from quantd.daemon.server.ollama.options import context_limit, renamed
+from quantd.daemon.server.ollama.options import check_integers, context_limit, renamed
 from quantd.daemon.server.ollama.run import Watch, leased, load, own_name
 from quantd.daemon.server.ollama.schemas import EmbeddingsRequest, EmbedRequest
 from quantd.daemon.server.schemas import EmbeddingBody
@@ -26,6 +26,7 @@ async def embed(request: web.Request) -> web.Response:
     """Vectors have length 1, as Ollama's do whatever the model says; texts are cut to the context
     unless `truncate` is false."""
     sent = await read_body(request, _EMBED)
+    check_integers(sent.options)
     if sent.input is None:
         raise RequestError("input: this field is required", param="input")
     who = asker(request)
@@ -56,6 +57,7 @@ async def embed(request: web.Request) -> web.Response:
 async def embeddings(request: web.Request) -> web.Response:
     """One text; its vector as the model gives it."""
     sent = await read_body(request, _EMBEDDINGS)
+    check_integers(sent.options)
     who = asker(request)
     with renamed():
         if not sent.prompt:

@@ -36,6 +36,7 @@ _WORDS = (
     ("ask for truncate_prompt_tokens", "let /api/embed truncate it"),
     ("/v1/embeddings", "/api/embed"),
 )
+_INTEGERS = ("num_predict", "num_ctx", "top_k", "seed", "repeat_last_n", "mirostat")
 _NEUTRAL = {"typical_p": 1, "tfs_z": 1, "mirostat": 0}
 """Options that are not served → the value that asks for nothing."""
 
@@ -52,6 +53,12 @@ _SECONDS = {
     "h": 3600.0,
 }
 _LONGEST = 365 * 86400.0
+
+
+def check_integers(options: ModelOptions | None) -> None:
+    """Also of what asks for no answer. Raises RequestError that names the option."""
+    for name in _INTEGERS:
+        whole(f"options.{name}", getattr(options, name, None))
 
 
 def generation_fields(sent: AnswerRequest) -> dict[str, Any]:

@@ -13,7 +13,11 @@ from quantd.daemon.server import chat
 from quantd.daemon.server.generate import Api
 from quantd.daemon.server.limits import LOGPROBS
 from quantd.daemon.server.messages import off_loop
-from quantd.daemon.server.ollama.options import generation_fields, keep_alive_seconds
+from quantd.daemon.server.ollama.options import (
+    check_integers,
+    generation_fields,
+    keep_alive_seconds,
+)
 from quantd.daemon.server.ollama.schemas import (
     AnswerRequest,
     ChatMessage,
@@ -53,7 +57,7 @@ class Wanted:
 
 def read_chat(sent: ChatRequest) -> Wanted | None:
     """None: it has no messages, so it is about the model's being in memory. Raises RequestError."""
-    keep_alive_seconds(sent.keep_alive)
+    _check(sent)
     if not sent.messages:
         return None
     messages = [*_messages(sent.messages)]
@@ -62,7 +66,7 @@ def read_chat(sent: ChatRequest) -> Wanted | None:
 
 def read_generate(sent: GenerateRequest) -> Wanted | None:
     """None: it has no prompt. Raises RequestError."""
-    keep_alive_seconds(sent.keep_alive)
+    _check(sent)
     if sent.raw:
         for name in _BESIDE_RAW:
             if getattr(sent, name):
@@ -82,6 +86,13 @@ def read_generate(sent: GenerateRequest) -> Wanted | None:
         return _raw(sent, sent.prompt)
     messages = [Message("system", sent.system)] if sent.system else []
     return _chat(sent, [*messages, Message("user", sent.prompt)], _TEMPLATED)
+
+
+def _check(sent: AnswerRequest) -> None:
+    """What is wrong whatever is asked for."""
+    keep_alive_seconds(sent.keep_alive)
+    check_integers(sent.options)
+    integer("top_logprobs", sent.top_logprobs, 0, LOGPROBS)
 
 
 def _chat(
