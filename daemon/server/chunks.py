@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from msgspec import UNSET, Struct, UnsetType
 
+from quantd.daemon.server.filtered import PromptResult, Results
 from quantd.daemon.server.generate import Usage
 from quantd.daemon.server.logprobs import ChatLogprobs, CompletionLogprobs
 
@@ -36,6 +37,7 @@ class ChatChunkChoice(Struct):
     finish_reason: str | None
     stop_reason: str | int | None | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
+    content_filter_results: Results | UnsetType = UNSET
 
 
 class ChatChunk(Struct):
@@ -47,6 +49,7 @@ class ChatChunk(Struct):
     """Empty in the one with the usage."""
     usage: Usage | None | UnsetType = UNSET
     service_tier: str | UnsetType = UNSET
+    prompt_filter_results: list[PromptResult] | UnsetType = UNSET
 
 
 class CompletionChunkChoice(Struct):
@@ -57,6 +60,7 @@ class CompletionChunkChoice(Struct):
     stop_reason: str | int | None | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    content_filter_results: Results | UnsetType = UNSET
 
 
 class CompletionChunk(Struct):
@@ -68,3 +72,4 @@ class CompletionChunk(Struct):
     """Empty in the one with the usage."""
     usage: Usage | None | UnsetType = UNSET
     service_tier: str | UnsetType = UNSET
+    prompt_filter_results: list[PromptResult] | UnsetType = UNSET

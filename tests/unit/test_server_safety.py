@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from batch_fakes import Time, at_work, contents, create, line, wait
 from server_fakes import EOS, Answer, FakeFleet, Served, byte_text_model, serving, spoken
@@ -26,7 +27,15 @@ from quantd.daemon.config import (
 )
 from quantd.daemon.errors import ConfigError, Unavailable
 from quantd.daemon.safety.policy import compile_policies
+from quantd.daemon.server.anthropic.event_types import MessageDelta
 from quantd.daemon.server.auth import ApiKeys
+from quantd.daemon.server.chunks import (
+    ChatChunk,
+    ChatChunkChoice,
+    CompletionChunk,
+    CompletionChunkChoice,
+)
+from quantd.daemon.server.ollama.reply_types import ChatAnswer
 from quantd.daemon.server.state import read_policies
 from quantd.daemon.types import Request
 
@@ -830,3 +839,30 @@ async def test_a_batch_line_waits_for_a_guard_that_fails(tmp_path: Path) -> None
         batch = await wait(s, await create(s, [line("a")]))
         assert batch["request_counts"]["completed"] == 1
         assert time.slept, "it was tried again"
+
+
+def _described(data: dict[str, Any], kind: type[msgspec.Struct]) -> bool:
+    """Whether the schema's type has all of its members."""
+    found = msgspec.to_builtins(msgspec.convert(data, kind))
+    return not data.keys() - found.keys()
+
+
+async def test_streams_say_nothing_that_the_schema_does_not() -> None:
+    given = safety(policy(input={"slurs": "annotate"}, output={"slurs": "annotate"}))
+    async with filtering(given, SAYS) as served:
+        body = ask("a slur: bad", stream=True)
+        *_, last = await served.chunks(CHAT, body)
+        choice = last["choices"][0]
+        assert "content_filter_results" in choice and "prompt_filter_results" in last
+        assert _described(last, ChatChunk) and _described(choice, ChatChunkChoice)
+        text = {"prompt": "bad", "stream": True, "max_tokens": 100}
+        *_, last = await served.chunks(TEXT, text)
+        choice = last["choices"][0]
+        assert "content_filter_results" in choice and "prompt_filter_results" in last
+        assert _described(last, CompletionChunk) and _described(choice, CompletionChunkChoice)
+        events = await served.events(MESSAGES, {**body, "model": "tiny", "max_tokens": 100})
+        event = json.loads(events[-2].split("data: ")[1])
+        assert "prompt_filter_results" in event and _described(event, MessageDelta)
+        async with served.session.post("/api/chat", json={**body, "model": "tiny"}) as response:
+            *_, line_ = [json.loads(line) async for line in response.content]
+        assert "prompt_filter_results" in line_ and _described(line_, ChatAnswer)

@@ -3,10 +3,11 @@ hold it to these types."""
 
 from __future__ import annotations
 
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from quantd.daemon.server.anthropic.errors import ErrorDetail
 from quantd.daemon.server.anthropic.events import MessageObject, Usage
+from quantd.daemon.server.filtered import PromptResult, Results
 from quantd.daemon.server.schemas import Json
 
 
@@ -70,6 +71,8 @@ class BlockStop(Struct, tag="content_block_stop"):
 class MessageDelta(Struct, tag="message_delta"):
     delta: StopDelta
     usage: Usage
+    content_filter_results: Results | UnsetType = UNSET
+    prompt_filter_results: list[PromptResult] | UnsetType = UNSET
 
 
 class MessageStop(Struct, tag="message_stop"):

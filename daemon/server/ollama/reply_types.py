@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from msgspec import UNSET, Struct, UnsetType
 
+from quantd.daemon.server.filtered import PromptResult, Results
 from quantd.daemon.server.logprobs import ChatTokenLogprob
 from quantd.daemon.server.schemas import Json
 
@@ -42,6 +43,8 @@ class _Answer(Struct, kw_only=True):
     prompt_eval_duration: int | UnsetType = UNSET
     eval_count: int | UnsetType = UNSET
     eval_duration: int | UnsetType = UNSET
+    content_filter_results: Results | UnsetType = UNSET
+    prompt_filter_results: list[PromptResult] | UnsetType = UNSET
 
 
 class ChatAnswer(_Answer, kw_only=True):
