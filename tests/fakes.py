@@ -547,6 +547,16 @@ class StepLoop:
         num_tokens = sum(chunk.stop for chunk in plan.chunks)
         assert num_tokens <= self.settings.token_budget or len(plan.chunks) == 1
 
+    @staticmethod
+    def _follows(seq: Running, other: Running) -> bool:
+        """Its next block can be the other's."""
+        stop = (seq.num_scheduled_tokens // BLOCK_TOKENS + 1) * BLOCK_TOKENS
+        return (
+            other is not seq
+            and other.request.cache_salt == seq.request.cache_salt
+            and other.tokens[:stop] == seq.tokens[:stop]
+        )
+
     def _check_plan(self, plan: StepPlan) -> None:
         sizes = {chunk.seq: chunk.stop - chunk.start for chunk in plan.chunks}
         if self.whole:
@@ -557,15 +567,17 @@ class StepLoop:
         idle = [
             seq
             for seq in running
-            if seq.id not in sizes and seq.num_scheduled_tokens < seq.num_expected_tokens
+            if seq.id not in sizes
+            and seq.num_scheduled_tokens < seq.num_expected_tokens
+            and not any(self._follows(seq, other) for other in running if other.id in sizes)
         ]
         if self.settings.overlap:
             return
         others = [seq_id for seq_id in sizes if not self.sequences[seq_id].request.is_batch]
         if others:
             idle = [seq for seq in idle if not seq.request.is_batch]
-        # Everybody who runs gets on, but for the last when it is out of blocks, and lines of
-        # batches beside others.
+        # Everybody who runs gets on, but for the last when it is out of blocks, lines of
+        # batches beside others, and who waits for what another computes.
         assert len(idle) <= 1
         for seq in idle:
             assert self.kv.num_available <= 0

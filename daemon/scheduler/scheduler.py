@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 from quantd.daemon.config import SchedulerSettings
@@ -17,7 +17,7 @@ from quantd.daemon.scheduler.pace import StartPace
 from quantd.daemon.scheduler.policy import Key, make_policy
 from quantd.daemon.scheduler.ready import ReadyQueue
 from quantd.daemon.scheduler.sequence import Phase, Sequence, blocks_for
-from quantd.daemon.scheduler.share import BatchShare
+from quantd.daemon.scheduler.share import BatchShare, share_budget
 from quantd.daemon.scheduler.shares import CallerShares
 from quantd.daemon.scheduler.tables import BlockTables
 from quantd.daemon.scheduler.updates import SequenceUpdate, finish_reason, keep_prompt_logprobs
@@ -269,7 +269,7 @@ class Scheduler:
         for seq in self._fetching.overdue(now):
             self._queue(seq).add(seq)
         self._start_waiting(now)
-        going = {seq: left for seq in self._running if (left := self._left(seq))}
+        going = self._going()
         sizes = self._sizes(going)
         chunks = self._place([seq for seq in going if sizes[seq]], sizes, now)
         held = {seq: left for seq, left in going.items() if seq.phase is Phase.RUNNING}
@@ -436,19 +436,58 @@ class Scheduler:
                 return 0
         return expected - seq.num_scheduled_tokens
 
+    def _going(self) -> dict[Sequence, int]:
+        """Who could compute something, and how much at most."""
+        going = {}
+        for seq in self._running:
+            left = self._left(seq)
+            if left > 1:
+                self._tables.adopt(seq)
+                left = self._left(seq)
+            if left:
+                going[seq] = left
+        return going
+
+    def _leaders(self, going: Iterable[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
+        """(who leads, who follows): a follower's next block is that of one before it, which it
+        waits for. If a step's tokens were shared out to all, each would compute the same ones."""
+        seen: set[tuple[int, bytes]] = set()
+        leaders, followers = [], []
+        for seq in going:
+            block = self._tables.next_shared(seq)
+            if block in seen and self._tables.may_wait(seq):
+                followers.append(seq)
+                continue
+            leaders.append(seq)
+            if block is not None:
+                seen.add(block)
+        return leaders, followers
+
     def _sizes(self, going: dict[Sequence, int]) -> dict[Sequence, int]:
-        """How many of its tokens each sequence gets in this step; a line may get none."""
+        """How many of its tokens each sequence gets in this step; a line, and one that waits for
+        what another computes, may get none."""
         if not going:
             return {}
-        lines = [seq for seq in going if seq.request.is_batch]
-        others = [seq for seq in going if not seq.request.is_batch]
+        # Nobody waits for what a line computes, which gets little.
+        in_order = sorted(going, key=lambda seq: seq.request.is_batch)
+        leaders, followers = self._leaders(in_order)
+        lines = [seq for seq in leaders if seq.request.is_batch]
+        others = [seq for seq in leaders if not seq.request.is_batch]
         budget = self._budget(len(going), STEP_SECONDS if others else BATCH_STEP_SECONDS)
         if self._whole:
             return _whole_prompts(going, budget)
         sizes = self._batch_share.divide(
             budget, [going[seq] for seq in others], [going[seq] for seq in lines]
         )
-        return dict(zip([*others, *lines], sizes, strict=True))
+        # What is over is the followers': then those before them get through with what is shared.
+        free = budget - sum(sizes)
+        if others:
+            followers = [seq for seq in followers if not seq.request.is_batch]
+        followers = followers[:free]
+        sizes += share_budget(free, [going[seq] for seq in followers])
+        return dict.fromkeys(going, 0) | dict(
+            zip([*others, *lines, *followers], sizes, strict=True)
+        )
 
     def _budget(self, num_going: int, seconds: float) -> int:
         """Tokens of this step: `token_budget`, or what takes `seconds` where that is less. A

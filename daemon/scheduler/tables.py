@@ -99,6 +99,26 @@ class BlockTables:
             # Also if it gets no block to go on in this plan: then these can be trimmed for it.
             seq.num_computed_tokens = seq.num_scheduled_tokens
 
+    def next_shared(self, seq: Sequence) -> tuple[int, bytes] | None:
+        """The block that it is at, equal for all that could share it; None: it is the last one, or
+        has a token that is not known."""
+        node = seq.node
+        assert node is not None
+        if (node.depth + 1) * BLOCK_TOKENS > len(seq.tokens):
+            return None
+        at = node.depth * KEY_BYTES
+        return id(node), bytes(seq.key[at : at + KEY_BYTES])
+
+    def may_wait(self, seq: Sequence) -> bool:
+        """Whether `adopt` could take over the block that it is at: it has not begun with it."""
+        assert seq.node is not None
+        start = seq.num_scheduled_tokens
+        return (
+            seq.node.depth * BLOCK_TOKENS == start
+            and start + BLOCK_TOKENS < len(seq.tokens)
+            and self._takes_over(seq)
+        )
+
     def num_missing(self, seq: Sequence) -> int:
         """Blocks' worth of bytes that it needs for its expected tokens beside what it has."""
         held = len(seq.blocks) - self.kv.pool.given_by(seq.num_trimmed)

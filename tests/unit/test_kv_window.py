@@ -133,11 +133,10 @@ def test_who_takes_over_and_gets_no_block_gets_on_later() -> None:
 
 def test_a_fetch_that_finds_no_block_goes_back_to_a_whole_window() -> None:
     """Preempted with a trimmed block, of which what lies behind it had gone to the host."""
-    window = Window(20, 0.5)
-    tables = make_tables(10, window=window, capacity=100, num_places=3)
-    loop = StepLoop(tables=tables, settings=SchedulerSettings(token_budget=16), overlap=True)
-    loop.add(0, 16, prompt=[*PROMPT[:96], 2, 2])
-    second = loop.add(0, 11, prompt=[*PROMPT[:130], 3, 3, 3])
+    tables = make_tables(10, window=Window(20, 0.5), capacity=200, num_places=6)
+    loop = StepLoop(tables=tables, settings=SchedulerSettings(token_budget=24), overlap=True)
+    loop.add(0, 26, prompt=[*PROMPT[:96], 2, 2])
+    second = loop.add(0, 29, prompt=[*PROMPT[:96], 3, *PROMPT[96:148]])
     loop.run()
     loop.check_outputs()
     assert second.num_preemptions == 1

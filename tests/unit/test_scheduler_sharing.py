@@ -33,6 +33,49 @@ def test_a_burst_computes_a_shared_prefix_once(overlap: bool) -> None:
     assert loop.pool.num_used == 0
 
 
+@pytest.mark.parametrize("is_batch", [False, True])
+@pytest.mark.parametrize("budget", [24, 50, 100, 300])
+@BOTH
+def test_a_burst_in_many_steps_computes_a_shared_prefix_once(
+    overlap: bool, budget: int, is_batch: bool
+) -> None:
+    settings = SchedulerSettings(token_budget=budget, max_running=16)
+    loop = StepLoop(num_blocks=256, settings=settings, overlap=overlap)
+    for i in range(16):
+        loop.add(0, 4, prompt=[*PROMPT[:128], *[i] * 20], is_batch=is_batch)
+    loop.run()
+    loop.check_outputs()
+    shared, own, decoded = 128, 16 * 20, 16 * 3
+    spare = 16 if overlap else 0
+    assert loop.worker.num_computed_tokens <= shared + own + decoded + spare
+    assert [seq.num_cached_tokens for seq in loop.sequences.values()] == [0, *[128] * 15]
+
+
+def test_who_leads_a_shared_prefix_may_leave() -> None:
+    loop = StepLoop(settings=SchedulerSettings(token_budget=24))
+    leaders = [loop.add(0, 4, prompt=[*PROMPT[:128], i]) for i in range(3)]
+    for leader in leaders[:2]:
+        loop.step()
+        assert leader.num_scheduled_tokens > leaders[2].num_scheduled_tokens - 16
+        loop.scheduler.abort(leader.id)
+    loop.run()
+    loop.check_outputs()
+    assert loop.worker.num_computed_tokens <= 128 + 3 + 3 + 2 * 16
+
+
+def test_a_request_does_not_wait_for_a_line_of_a_batch() -> None:
+    settings = SchedulerSettings(token_budget=32)
+    loop = StepLoop(settings=settings)
+    loop.add(0, 4, prompt=[*PROMPT[:160], 1], is_batch=True)
+    loop.step()
+    asked = loop.add(0, 4, prompt=[*PROMPT[:160], 2])
+    for _ in range(6):
+        loop.step()
+    assert asked.first_token_at is not None
+    loop.run()
+    loop.check_outputs()
+
+
 @BOTH
 def test_one_of_two_that_compute_the_same_is_aborted_half_way(overlap: bool) -> None:
     settings = SchedulerSettings(token_budget=32)
