@@ -270,10 +270,9 @@ class Engine:
     def _on_disk(self, message: DiskDone | DiskIndex) -> None:
         if isinstance(message, DiskDone):
             self._scheduler.disk_done(message)
-            self._work.set()
         elif self._scheduler.kv.disk is not None:
-            self._scheduler.kv.disk.open(message.keys, message.file_bytes)
-            self._work.set()  # it may be over its budget
+            self._scheduler.disk_open(message)
+        self._work.set()  # somebody may go on, or the folder be over its budget
 
     def _deliver_ended(self) -> None:
         """Hands over what ended without a step."""

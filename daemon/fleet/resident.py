@@ -149,18 +149,19 @@ async def _discard(worker: asyncio.Future[LoadedExecutor]) -> None:
 def _scheduler(info: ModelInfo, model: ModelSettings, settings: SchedulerSettings) -> Scheduler:
     pooling = info.pooling
     whole = pooling is not None and pooling.whole
-    tables = BlockTables(_cache(info, model), info.kv_revision, model.prefix_cache, whole)
+    shares = model.prefix_cache and not whole
+    tables = BlockTables(_cache(info, model, shares), info.kv_revision, shares, whole)
     # A vector comes in the place of a token, and takes no place.
     most = info.max_context + (pooling is not None)
     return Scheduler(tables, settings, most, whole)
 
 
-def _cache(info: ModelInfo, model: ModelSettings) -> KvCache:
+def _cache(info: ModelInfo, model: ModelSettings, shares: bool) -> KvCache:
     most = max(info.max_blocks, info.num_blocks)
     pool = BlockPool(info.num_blocks, most, info.window_share)
     host = BlockPool(info.num_host_blocks) if info.num_host_blocks else None
     # Blocks that nobody else may use are of no use later either.
-    keeps = model.disk_kv_path is not None and host is not None and model.prefix_cache
+    keeps = model.disk_kv_path is not None and host is not None and shares
     disk = DiskIndex(model.disk_kv_bytes) if keeps else None
     return KvCache(pool, host, disk, info.block_bytes, Window(info.window, info.window_share))
 

@@ -60,9 +60,14 @@ class DiskIndex:
         self._rests_until = 0.0
 
     @property
+    def is_open(self) -> bool:
+        """The folder was looked through; until then nothing is read or written."""
+        return self._file_bytes > 0
+
+    @property
     def capacity(self) -> int:
         """Files that the budget allows; 0 until the folder was looked through."""
-        return self._budget_bytes // self._file_bytes if self._file_bytes else 0
+        return self._budget_bytes // self._file_bytes if self.is_open else 0
 
     def __len__(self) -> int:
         """Files that can be read."""

@@ -1,4 +1,5 @@
-"""Sequences whose beginning lies on disk: set aside while it is read, so they hold up nobody."""
+"""Sequences whose beginning lies, or may lie, on disk: set aside while it is read or looked for, so
+they hold up nobody."""
 
 from __future__ import annotations
 
@@ -8,34 +9,49 @@ from quantd.daemon.types import BLOCK_TOKENS
 
 PATIENCE_SECONDS = 5.0
 """After which a sequence goes on without what a slow disk has not brought."""
+LISTING_SECONDS = 1.0
+"""After which it does not wait any longer for the worker to say what the folder holds."""
 
 
 class FetchQueue:
-    """New sequences that wait for their blocks, each for one job of `DiskReads`."""
+    """New sequences that wait: until it is known what lies on disk, then each for one job of
+    `DiskReads`."""
 
     def __init__(self, kv: KvCache) -> None:
         self._kv = kv
+        self._unlisted: dict[int, Sequence] = {}
+        """Those that came before the folder was looked through, in order of their coming."""
         self._jobs: dict[int, Sequence] = {}
         """In order of their beginning."""
         self._job_of: dict[int, int] = {}
 
     def __len__(self) -> int:
-        return len(self._jobs)
+        return len(self._unlisted) + len(self._jobs)
 
     def __contains__(self, seq: Sequence) -> bool:
-        return seq.id in self._job_of
+        return seq.id in self._unlisted or seq.id in self._job_of
 
     def begin(self, seq: Sequence) -> bool:
-        """Set a new sequence aside, if something is worth reading for it."""
-        if self._kv.disk is None or seq.request.sampling.prompt_logprobs is not None:
+        """Set a new sequence aside, if something is worth reading for it, or that is not known."""
+        num_blocks = len(seq.tokens) // BLOCK_TOKENS
+        disk = self._kv.disk
+        if disk is None or not num_blocks or seq.request.sampling.prompt_logprobs is not None:
             return False
+        if not disk.is_open:
+            self._unlisted[seq.id] = seq
+            return True
         assert seq.namespace is not None
-        job = self._kv.reads.begin(seq.namespace, seq.key, len(seq.tokens) // BLOCK_TOKENS)
+        job = self._kv.reads.begin(seq.namespace, seq.key, num_blocks)
         if job is None:
             return False
         self._jobs[job] = seq
         self._job_of[seq.id] = job
         return True
+
+    def listed(self) -> list[Sequence]:
+        """The folder was looked through: those that nothing is read for, not here any more."""
+        seqs, self._unlisted = list(self._unlisted.values()), {}
+        return [seq for seq in seqs if not self.begin(seq)]
 
     def done(self, job: int) -> Sequence | None:
         """Whoever waited for it, and still does."""
@@ -46,6 +62,8 @@ class FetchQueue:
 
     def remove(self, seq: Sequence) -> bool:
         """False if it is not here. What is read for it is kept all the same."""
+        if self._unlisted.pop(seq.id, None) is not None:
+            return True
         job = self._job_of.pop(seq.id, None)
         if job is None:
             return False
@@ -53,13 +71,18 @@ class FetchQueue:
         return True
 
     def next_due(self) -> float | None:
-        for seq in self._jobs.values():
-            return seq.waiting_since + PATIENCE_SECONDS
-        return None
+        kinds = (self._unlisted, self._jobs)
+        oldest = [next(iter(seqs.values())) for seqs in kinds if seqs]
+        return min(map(self._due, oldest), default=None)
 
     def overdue(self, now: float) -> list[Sequence]:
         """Those that have waited too long; they are not here any more."""
-        found = [seq for seq in self._jobs.values() if seq.waiting_since + PATIENCE_SECONDS <= now]
+        waiting = [*self._unlisted.values(), *self._jobs.values()]
+        found = [seq for seq in waiting if self._due(seq) <= now]
         for seq in found:
             self.remove(seq)
         return found
+
+    def _due(self, seq: Sequence) -> float:
+        seconds = LISTING_SECONDS if seq.id in self._unlisted else PATIENCE_SECONDS
+        return seq.waiting_since + seconds

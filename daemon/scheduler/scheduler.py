@@ -25,6 +25,7 @@ from quantd.daemon.types import (
     BLOCK_TOKENS,
     Chunk,
     DiskDone,
+    DiskIndex,
     FinishReason,
     NewSequence,
     Sampled,
@@ -202,6 +203,15 @@ class Scheduler:
             self._running.remove(seq)
         self._forget(seq)
         return True
+
+    def disk_open(self, index: DiskIndex) -> None:
+        """The worker has looked through the folder; who waited for that goes on."""
+        disk = self._kv.disk
+        assert disk is not None
+        disk.open(index.keys, index.file_bytes)
+        for seq in self._fetching.listed():
+            self._tables.look(seq)
+            self._queue(seq).add(seq)
 
     def disk_done(self, done: DiskDone) -> None:
         """A file was written or read; sequences that waited for it go on with the next plan."""

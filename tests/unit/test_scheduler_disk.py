@@ -1,0 +1,149 @@
+"""Blocks in files: what a sequence waits for, and what it does not."""
+
+from __future__ import annotations
+
+from fakes import VOCAB_SIZE, FakeWorker, StepLoop, make_tables
+
+from quantd.daemon.kv.cache import KvCache
+from quantd.daemon.kv.disk import DiskIndex
+from quantd.daemon.kv.pool import BlockPool
+from quantd.daemon.scheduler.tables import BlockTables
+from quantd.daemon.types import BLOCK_TOKENS, SamplingParams
+from quantd.daemon.types import DiskIndex as Listing
+
+PROMPT = [i * 7 % VOCAB_SIZE for i in range(200)]
+
+
+def test_disk_survives_a_restart_and_serves_only_what_fits() -> None:
+    files: dict[bytes, list[int | None]] = {}
+
+    def fresh(revision: str = "fake") -> StepLoop:
+        tables = make_tables(12, num_places=16, disk_files=64)
+        assert tables.kv.disk is not None
+        tables.kv.disk.open(files, 1)
+        loop = StepLoop(tables=tables)
+        loop.worker.files = files
+        return loop
+
+    loop = fresh()
+    loop.add(0, 2, prompt=PROMPT[:100])
+    loop.run()
+    loop.save()
+    assert len(files) == 6
+    loop = fresh()
+    seq = loop.add(0, 3, prompt=PROMPT[:100])
+    assert seq in loop.scheduler._fetching
+    loop.run()
+    loop.check_outputs()
+    assert (seq.num_cached_tokens, loop.kv.num_moved["in", "disk"]) == (96, 6)
+    salted = loop.add(0, 3, prompt=PROMPT[:100], cache_salt="other")
+    loop.run()
+    assert salted.num_cached_tokens == 0
+
+
+def unlisted() -> tuple[StepLoop, dict[bytes, list[int | None]]]:
+    """A loop whose folder holds PROMPT[:100], and was not looked through yet; and these files."""
+    source = StepLoop(tables=make_tables(12, num_places=16, disk_files=64))
+    source.add(0, 2, prompt=PROMPT[:100])
+    source.run()
+    source.save()
+    kv = KvCache(BlockPool(12), BlockPool(16), DiskIndex(64))
+    loop = StepLoop(tables=BlockTables(kv, "fake"))
+    loop.worker.files = dict(source.worker.files)
+    return loop, source.worker.files
+
+
+def test_the_first_request_waits_until_it_is_known_what_lies_on_disk() -> None:
+    loop, files = unlisted()
+    first = loop.add(0, 3, prompt=PROMPT[:100])
+    other = loop.add(0, 3, prompt=PROMPT[100:150])
+    short = loop.add(0, 3, prompt=PROMPT[: BLOCK_TOKENS - 1])
+    scoring = SamplingParams(3, prompt_logprobs=0)
+    scored = loop.add(0, prompt=PROMPT[50:90], sampling=scoring)
+    gone = loop.add(0, 3, prompt=PROMPT[:100])
+    plan = loop.begin()
+    # What can have nothing there goes on meanwhile.
+    assert plan is not None and [new.seq for new in plan.add] == [short.id, scored.id]
+    assert loop.scheduler.num_waiting == 3
+    assert dict(loop.scheduler.sequences())[first] == "fetching"
+    loop.scheduler.abort(gone.id)
+    loop.scheduler.check()
+    loop.end()
+    loop.scheduler.disk_open(Listing(tuple(files), 1))
+    loop.scheduler.check()
+    loop.run()
+    loop.check_outputs()
+    assert (first.num_cached_tokens, other.num_cached_tokens) == (96, 0)
+    assert loop.kv.num_moved["in", "disk"] == 6
+    assert gone.output_tokens == []
+
+
+def test_a_folder_that_takes_long_to_look_through_is_waited_for_only_so_long() -> None:
+    loop, files = unlisted()
+    seq = loop.add(0, 3, prompt=PROMPT[:100])
+    assert loop.begin() is None and loop.scheduler.wake_at() == 1.0
+    loop.clock.advance(1.0)
+    loop.run()
+    loop.check_outputs()
+    assert (seq.num_cached_tokens, loop.scheduler.wake_at()) == (0, None)
+    loop.scheduler.disk_open(Listing(tuple(files), 1))
+    loop.kv.shrink()
+    later = loop.add(0, 3, prompt=PROMPT[:100])
+    loop.run()
+    assert later.num_cached_tokens == 96
+
+
+def test_a_file_that_is_gone_costs_no_answer() -> None:
+    tables = make_tables(12, num_places=16, disk_files=64)
+    loop = StepLoop(tables=tables)
+    loop.add(0, 2, prompt=PROMPT[:100])
+    loop.run()
+    loop.save()
+    assert tables.kv.disk is not None
+    names = list(loop.worker.files)
+    other = StepLoop(tables=make_tables(12, num_places=16, disk_files=64))
+    other.kv.disk.open(names, 1)  # type: ignore[union-attr]
+    seq = other.add(0, 3, prompt=PROMPT[:100])
+    other.run()
+    other.check_outputs()
+    assert seq.num_cached_tokens == 0 and len(other.kv.disk) == 0  # type: ignore[arg-type]
+    other.kv.host.check()  # type: ignore[union-attr]
+    assert other.kv.reads.places() == set()
+
+
+def test_a_full_disk_rests_and_everything_else_goes_on() -> None:
+    tables = make_tables(8, num_places=8, disk_files=64)
+    loop = StepLoop(tables=tables)
+    loop.worker.disk_error = "OSError: no space left on device"
+    for i in range(6):
+        loop.add(0, 2, prompt=[*PROMPT[i * 20 : i * 20 + 100]])
+        loop.run()
+    loop.check_outputs()
+    assert tables.kv.stats().disk_problem == "OSError: no space left on device"
+    assert not loop.worker.files
+
+
+def test_a_slow_disk_is_waited_for_only_so_long() -> None:
+    tables = make_tables(12, num_places=16, disk_files=64)
+    source = StepLoop(tables=make_tables(12, num_places=16, disk_files=64))
+    source.add(0, 2, prompt=PROMPT[:100])
+    source.run()
+    source.save()
+    tables.kv.disk.open(source.worker.files, 1)  # type: ignore[union-attr]
+    loop = StepLoop(tables=tables)
+
+    class Slow(FakeWorker):
+        def _disk(self, op: object) -> None:
+            pass
+
+    loop.worker = Slow(12)
+    seq = loop.add(0, 2, prompt=PROMPT[:100])
+    loop.begin()  # the reads are on their way
+    loop.end()
+    assert loop.begin() is None
+    due = loop.scheduler.wake_at()
+    assert due is not None
+    loop.clock.advance(due)
+    loop.run()
+    assert loop.reasons() == {seq.id: "length"}
+    loop.check_outputs()
