@@ -359,8 +359,9 @@ class KvCache:
     def stats(self) -> KvStats:
         host, disk, pool = self.host, self.disk, self.pool
         in_host = 0 if host is None else host.num_used
-        capacity = 0 if disk is None or disk.problem is not None else disk.capacity
-        in_disk = 0 if disk is None or disk.problem is not None else len(disk)
+        in_disk = 0 if disk is None else len(disk)
+        # Nothing more goes to a disk that fails; what lies there is read all the same.
+        disk_free = 0 if disk is None or disk.problem else max(0, disk.capacity - in_disk)
         return KvStats(
             block_bytes=self._block_bytes,
             free=pool.num_free,
@@ -369,7 +370,7 @@ class KvCache:
             trimmed=pool.num_trimmed,
             host_free=0 if host is None else host.num_free,
             host_cached=in_host,
-            disk_free=max(0, capacity - in_disk),
+            disk_free=disk_free,
             disk_cached=in_disk,
             moved_blocks={f"{way}_{tier}": n for (way, tier), n in self.num_moved.items()},
             fetches=self.num_fetches,

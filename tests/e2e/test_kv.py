@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soak
 from harness import Daemon
 
 pytestmark = pytest.mark.xdist_group("kv")  # or each worker would start the shared daemons
@@ -153,6 +154,43 @@ def test_the_disk_tier_survives_a_restart(serve: Callable[..., Daemon], tmp_path
     # What was damaged was not taken, and what was counted before the load was not forgotten.
     assert second.metric('quantd_spill_bytes_total{direction="in",tier="disk"}') == read
     assert "not what its name says" in second.log.read_text()
+
+
+@pytest.fixture(params=["full", "no folder"])
+def failing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """(a place for files of blocks, why writing there fails)"""
+    if request.param == "no folder":
+        (tmp_path / "file").touch()
+        yield str(tmp_path / "file" / "kv"), "NotADirectoryError: "
+        return
+    with soak.small_disk(tmp_path / "disk") as disk:
+        if "full" not in disk:
+            pytest.skip(disk)
+        yield str(tmp_path / "disk" / "kv"), "OSError: [Errno 28] No space left on device"
+
+
+def test_a_disk_that_fails_is_told_and_costs_no_answer(
+    serve: Callable[..., Daemon], plain: Daemon, failing: tuple[str, str]
+) -> None:
+    path, reason = failing
+    arguments = ["--kv-bytes", "2MiB", "--max-context", "400", "--host-kv-bytes", "3MiB"]
+    arguments += ["--dtype", "float32", "--threads", "1", "--disk-kv-path", path]
+    daemon = serve("demo", *arguments)
+    free = 'quantd_kv_blocks{tier="disk",state="free"}'
+    requests = [body(prompt, 10) for prompt in PROMPTS[:6]]
+    expected = [ask(plain, prompt, 10)[0] for prompt in PROMPTS[:6]]
+    for _ in range(2):  # the second time beside a disk that is known to fail
+        answers = together(daemon, requests)
+        assert [answer["choices"][0]["token_ids"] for answer in answers] == expected
+        daemon.wait(lambda: state(daemon)["kv"]["disk_problem"])
+    assert state(daemon)["kv"]["disk_problem"].startswith(reason)
+    daemon.wait_metric(free, 0)
+    files = Path(path)
+    daemon.wait(lambda: state(daemon)["kv"]["disk_cached"] == len(list(files.glob("*/*.kv"))))
+    assert not list(files.glob("*/*.new"))
+    assert reason in daemon.log.read_text()
+    assert daemon.get("/admin/check", unix=True)[0] == 200
+    assert state(daemon)["kv"]["used"] == 0
 
 
 def test_a_timeout_is_an_error_that_names_it(daemon: Daemon) -> None:
