@@ -1,9 +1,10 @@
 """What the control plane itself costs per step: python benchmarks/scheduler_cost.py
 
 Times `Scheduler.plan` and `commit` in the steady state, every running sequence decoding and a
-queue of waiting ones behind, and with a long prompt computed beside them; then `KvCache.match` in
-a tree that is full, and the memory of its nodes. No model runs. The times are of the CPU, so a
-busy machine does not show in them.
+queue of waiting ones behind: each with its own place in its last block; with a long prompt computed
+beside them; and all in step, so that in two steps of sixteen each of them ends a block or needs
+another. Then `KvCache.match` in a tree that is full, and the memory of its nodes. No model runs.
+The times are of the CPU, so a busy machine hardly shows in them.
 """
 
 from __future__ import annotations
@@ -27,38 +28,47 @@ from quantd.daemon.types import BLOCK_TOKENS, Request, Sampled, SamplingParams, 
 STEPS = 500
 NUM_WAITING = 1000
 LONG = 1_000_000
+PROMPT = 100
 NUM_NODES = 100_000
 MATCH_TOKENS = 128 * 1024
 MATCHES = 1000
 
 
-def make_scheduler(policy: str, num_running: int, *, long_prompt: bool) -> Scheduler:
-    """`num_running` sequences that never end, one of them in its prompt if asked for."""
+LOADS = ("decode", "decode + long prompt", "decode in step")
+
+
+def make_scheduler(policy: str, num_running: int, load: str) -> Scheduler:
+    """`num_running` endless sequences that have computed their prompts, but for a long one."""
+    in_step = load == "decode in step"
     settings = SchedulerSettings(
         policy=policy,  # type: ignore[arg-type]
         max_running=num_running,
         max_waiting=NUM_WAITING,
+        token_budget=num_running * PROMPT if in_step else SchedulerSettings().token_budget,
         overlap=False,
     )
     tables = BlockTables(KvCache(BlockPool(10**7)), "cost")
     scheduler = Scheduler(tables, settings, max_context=10**7)
     ids = itertools.count()
 
-    def add(num_prompt_tokens: int) -> None:
+    def add(num_prompt_tokens: int) -> Sequence:
         """No prompt begins as another, so that each has blocks of its own."""
         sampling = SamplingParams(max_tokens=LONG, stop_token_ids=(2, 3))
         seq_id = next(ids)
         prompt = (100 + seq_id,) + (1,) * (num_prompt_tokens - 1)
-        scheduler.add(Sequence(seq_id, Request(str(seq_id), prompt, sampling)))
+        seq = Sequence(seq_id, Request(str(seq_id), prompt, sampling))
+        scheduler.add(seq)
+        return seq
 
-    for _ in range(num_running - long_prompt):
-        add(100)
-    if long_prompt:
+    decoding = num_running - (load == "decode + long prompt")
+    running = [add(PROMPT - (0 if in_step else i % BLOCK_TOKENS)) for i in range(decoding)]
+    while any(seq.num_output_tokens == 0 for seq in running):
+        step(scheduler)
+    if decoding < num_running:
         add(2 * LONG)
-    while scheduler.num_waiting:
         step(scheduler)
     for _ in range(NUM_WAITING):
-        add(100)
+        add(PROMPT)
     return scheduler
 
 
@@ -69,7 +79,8 @@ def step(scheduler: Scheduler) -> tuple[float, float, StepPlan]:
     planned = time.thread_time()
     assert plan is not None
     sampled = tuple(Sampled(chunk.seq, 7) for chunk in plan.chunks if chunk.sample)
-    result = StepResult(plan.step, sampled)
+    # As of a model to which tokens cost nothing: the budget is all that bounds a step.
+    result = StepResult(plan.step, sampled, seconds=1e-6)
     ran = time.thread_time()
     scheduler.commit(plan, result, ran)
     return planned - start, time.thread_time() - ran, plan
@@ -82,12 +93,11 @@ def spread(seconds: list[float]) -> str:
     return f"{statistics.median(microseconds):8.0f} {p99:8.0f}"
 
 
-def measure(policy: str, num_running: int, *, long_prompt: bool) -> str:
-    scheduler = make_scheduler(policy, num_running, long_prompt=long_prompt)
+def measure(policy: str, num_running: int, load: str) -> str:
+    scheduler = make_scheduler(policy, num_running, load)
     timings = [step(scheduler) for _ in range(STEPS)]
     assert all(len(plan.chunks) == num_running for _, _, plan in timings)
     columns = [spread([t[0] for t in timings]), spread([t[1] for t in timings])]
-    load = "decode + long prompt" if long_prompt else "decode"
     return f"{policy:9} {num_running:7} {load:21} {columns[0]}  {columns[1]}"
 
 
@@ -147,8 +157,8 @@ def main() -> None:
     print(f"{'policy':9} {'running':>7} {'load':21} {'plan':>17}  {'commit':>17}")
     for policy in ("fcfs", "priority", "sjf"):
         for num_running in (64, 256):
-            for long_prompt in (False, True):
-                print(measure(policy, num_running, long_prompt=long_prompt), flush=True)
+            for load in LOADS:
+                print(measure(policy, num_running, load), flush=True)
     measure_match()
 
 

@@ -96,7 +96,7 @@ class Request(msgspec.Struct, frozen=True):
     """Of a pair of texts: from this position on the tokens are of BERT's token type 1."""
 
 
-class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, gc=False):
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
@@ -247,7 +247,7 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True, gc=False):
     sample: bool = False
 
 
-class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
+class BlockCopy(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Copy one block's bytes over all layers, or give some up. In a plan they happen one after
     another in order, before any chunk runs; what a chunk of an earlier plan wrote is complete."""
 
@@ -259,7 +259,7 @@ class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
     dst: int
 
 
-class Rebind(msgspec.Struct, frozen=True, array_like=True):
+class Rebind(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Entry `index` of a sequence's block table becomes `block`, which holds the same bytes."""
 
     seq: int
@@ -267,7 +267,7 @@ class Rebind(msgspec.Struct, frozen=True, array_like=True):
     block: int
 
 
-class DiskOp(msgspec.Struct, frozen=True, array_like=True):
+class DiskOp(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One block between the host pool and a file. Begun after the plan's copies, executed in order
     on a thread of its own; each write and read is answered by a `DiskDone`, at any later time.
     Until then the host place belongs to it."""

@@ -96,10 +96,10 @@ class KvCache:
     def allocate(self, n: int) -> list[int] | None:
         """`n` blocks with one owner each; cached ones are given up for them. None: there are not
         so many, though some that were cached may be gone."""
-        while n > 0 and self.pool.num_free < n:
+        while (blocks := self.pool.allocate(n)) is None:
             if not self._evict():
                 return None
-        return self.pool.allocate(n)
+        return blocks
 
     def match(self, namespace: Namespace, key: bytes | bytearray, num_blocks: int) -> Match:
         """The longest known beginning, at most `num_blocks` blocks of it. Changes nothing."""

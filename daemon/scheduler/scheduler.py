@@ -50,10 +50,12 @@ PREEMPTION_REASONS: tuple[PreemptionReason, ...] = ("memory", "priority")
 
 
 class _Flight(NamedTuple):
-    """A plan that was handed out, with whom its chunks belong to: (sequence, its stay)."""
+    """A plan that was handed out, with whom its chunks belong to, and which of its stays each is
+    for. Two lists: pairs would be work for Python's collector in every step."""
 
     plan: StepPlan
-    stays: list[tuple[Sequence, int]]
+    seqs: list[Sequence]
+    stays: list[int]
 
 
 class Scheduler:
@@ -291,7 +293,7 @@ class Scheduler:
             return None
         self._step += 1
         drops, self._drops = tuple(self._drops), []
-        stays = [(seq, seq.stay) for seq in (self._sequences[chunk.seq] for chunk in chunks)]
+        seqs = [self._sequences[chunk.seq] for chunk in chunks]
         plan = StepPlan(
             step=self._step,
             chunks=tuple(chunks),
@@ -301,7 +303,7 @@ class Scheduler:
             copies=self._kv.take_copies(),
             disk=self._kv.take_disk_ops(),
         )
-        self._in_flight.append(_Flight(plan, stays))
+        self._in_flight.append(_Flight(plan, seqs, [seq.stay for seq in seqs]))
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[SequenceUpdate]:
@@ -319,7 +321,7 @@ class Scheduler:
                 keep_prompt_logprobs(seq_of_part, part)
         updates = []
         sampled = iter(result.sampled)
-        for chunk, (seq, stay) in zip(plan.chunks, flight.stays, strict=True):
+        for chunk, seq, stay in zip(plan.chunks, flight.seqs, flight.stays, strict=True):
             item = next(sampled) if chunk.sample else None
             if seq.phase is not Phase.RUNNING or seq.stay != stay:
                 continue
