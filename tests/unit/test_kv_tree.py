@@ -161,6 +161,28 @@ def test_what_was_spilled_comes_back_and_the_copy_stays() -> None:
     assert kv.take_copies() == (), "the host still has them"
 
 
+def test_what_makes_room_for_a_fetch_does_not_take_the_places_it_comes_from() -> None:
+    kv = make_tables(2, num_places=2).kv
+    grow(kv, 1, 2)
+    grow(kv, 3, 4)
+    assert known(kv, 1, 2) == 2, "on the host"
+    kv.take_copies()
+    root, node, blocks = kv.start(HERE, kv.match(HERE, key_of(1, 2), 2))
+    assert [copy.kind for copy in kv.take_copies()] == ["fetch", "fetch"]
+    assert (node.path(), known(kv, 3, 4)) == ([node.parent, node], 0)
+    kv.release(root, node, blocks)
+    kv.check()
+
+
+def test_a_copy_to_write_to_is_of_bytes_that_are_there() -> None:
+    kv = make_tables(4).kv
+    kv.step = 1
+    node = grow(kv, 1)
+    assert kv.copy_on_write(node) is None, "copies come before what this plan computes"
+    kv.step = 2
+    assert kv.copy_on_write(node) is not None
+
+
 def test_without_a_place_it_is_gone_with_all_below() -> None:
     kv = make_tables(4, num_places=1).kv
     grow(kv, 1, 2, 3)

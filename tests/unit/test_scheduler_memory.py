@@ -144,3 +144,22 @@ def test_random_loads_finish_exactly_and_the_same_each_time() -> None:
         assert loop.plans == workload(seed).plans
         preemptions += sum(loop.scheduler.preemptions.values())
     assert preemptions > 10  # or these loads would test nothing
+
+
+def test_who_leaves_and_comes_back_in_one_plan_takes_no_token_twice() -> None:
+    """What it had in flight is of its stay before."""
+    settings = SchedulerSettings(policy="priority")
+    loop = StepLoop(num_blocks=12, settings=settings, overlap=True)
+    large = loop.add(80, 30, priority=1, caller="a")
+    small = loop.add(20, 30, priority=1, caller="b")
+    for _ in range(8):
+        loop.step()
+    loop.add(120, 2, priority=0, caller="c")
+    while not large.num_preemptions:
+        if not loop.scheduler.may_plan:
+            loop.end()
+        loop.begin()
+    # Both had to go, and the small one, whose caller has had less, fits again.
+    assert (small.num_preemptions, small.phase, loop.in_flight) == (1, Phase.RUNNING, True)
+    loop.run()
+    loop.check_outputs()
