@@ -42,10 +42,10 @@ class Window(NamedTuple):
     def most_blocks(self, cost: int) -> int | None:
         """The largest number of blocks of this cost; None: there is no bound."""
         whole = self.num_blocks + _AT_WORK
+        if self.share >= 1 and cost >= whole:
+            return None
         if not self.share or cost <= whole:
             return cost
-        if self.share >= 1:
-            return None
         most = whole + int((cost - whole) / (1 - self.share))
         return most if self.cost(most) <= cost else most - 1
 

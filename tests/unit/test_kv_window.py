@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from fakes import VOCAB_SIZE, StepLoop, make_tables
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from quantd.daemon.config import SchedulerSettings
@@ -23,6 +23,7 @@ def test_a_block_is_outside_once_no_row_sees_it(window: Window, num_tokens: int)
 
 
 @given(windows, st.integers(1, 500))
+@example(Window(1, 1.0), 3)
 def test_most_blocks_is_the_inverse_of_cost(window: Window, budget: int) -> None:
     most = window.most_blocks(budget)
     if most is None:
