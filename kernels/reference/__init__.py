@@ -2,19 +2,21 @@
 
 from quantd.kernels.reference.activation import Activation, act_and_mul
 from quantd.kernels.reference.attention import paged_attention
-from quantd.kernels.reference.cache import write_kv
+from quantd.kernels.reference.cache import copy_blocks, rotary_write_kv, write_kv
 from quantd.kernels.reference.encoder import activate, encoder_attention, layer_norm
 from quantd.kernels.reference.grouped import dequantize_grouped, quantize_rows
 from quantd.kernels.reference.linear import linear
 from quantd.kernels.reference.norm import add_rms_norm, rms_norm
 from quantd.kernels.reference.rotary import rotary
 from quantd.kernels.reference.routing import route_experts
+from quantd.kernels.reference.sample import sample_rows
 
 __all__ = [
     "Activation",
     "act_and_mul",
     "activate",
     "add_rms_norm",
+    "copy_blocks",
     "dequantize_grouped",
     "encoder_attention",
     "layer_norm",
@@ -23,6 +25,8 @@ __all__ = [
     "quantize_rows",
     "rms_norm",
     "rotary",
+    "rotary_write_kv",
     "route_experts",
+    "sample_rows",
     "write_kv",
 ]

@@ -27,13 +27,14 @@ def paged_attention(
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    kv_scale: tuple[float, float] = (1.0, 1.0),
 ) -> torch.Tensor:
     """q [T, Hq, D] (a view or not), pools [blocks, Hkv, 16, D] -> a new tensor [T, Hq, D].
 
     A row at position p attends the keys [max(0, p - window + 1), p]. Scores are q.k * scale, then
     softcap * tanh(score / softcap) if given, then softmax in fp32. Query head h reads KV head
     h // (Hq / Hkv). sinks fp32 [Hq]: one more logit per head that takes part in the softmax but
-    has no value.
+    has no value. Keys and values are what the pools hold times `kv_scale` (see `write_kv`).
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     scoring = _Scoring(scale, window, softcap, sinks)
@@ -41,7 +42,10 @@ def paged_attention(
     for s, kv_len in enumerate(batch.kv_len.tolist()):
         start, stop = starts[s], starts[s + 1]
         blocks = batch.block_table[s, : -(-kv_len // BLOCK_SIZE)].long()
-        keys, values = (_gather(pool, blocks, kv_len) for pool in (k_pool, v_pool))
+        keys, values = (
+            _gather(pool, blocks, kv_len) * factor
+            for pool, factor in zip((k_pool, v_pool), kv_scale, strict=True)
+        )
         step = max(1, _MAX_SCORES // (q.shape[1] * kv_len))
         for row in range(start, stop, step):
             end = min(row + step, stop)
@@ -52,7 +56,7 @@ def paged_attention(
 def _gather(pool: torch.Tensor, blocks: torch.Tensor, kv_len: int) -> torch.Tensor:
     """The first kv_len rows of a sequence as [Hkv, kv_len, D] in fp32 or wider."""
     rows = pool[blocks].transpose(0, 1).flatten(1, 2)[:, :kv_len]
-    return rows.to(torch.promote_types(pool.dtype, torch.float32))
+    return rows.to(torch.float64 if pool.dtype == torch.float64 else torch.float32)
 
 
 def _attend(

@@ -120,3 +120,36 @@ def test_equal_experts_are_taken_in_order_of_their_ids() -> None:
 def test_top_k_out_of_range_is_refused(top_k: int) -> None:
     with pytest.raises(ValueError, match=rf"top_k is {top_k}, must be in \[1, 4\]"):
         ops.route_experts(torch.zeros(1, 4), top_k, softmax_before=True, renormalize=True)
+
+
+def test_pools_in_eight_bits_hold_the_value_divided_by_the_scale() -> None:
+    pools = torch.zeros(2, 2, 1, 16, 4, dtype=torch.float8_e4m3fn)
+    k = torch.tensor([[[1.0, -3.0, 1000.0, 0.001]]])
+    reference.write_kv(k, -k, pools[0], pools[1], torch.tensor([18]), (2.0, 0.5))
+    assert pools[0, 1, 0, 2].float().tolist() == [0.5, -1.5, 448.0, 0.0]
+    assert pools[1, 1, 0, 2].float().tolist() == [-2.0, 6.0, -448.0, -(2.0**-9)]
+
+
+def test_attention_multiplies_what_the_pools_hold_by_their_scale() -> None:
+    q, pools = torch.randn(2, 2, 8), torch.randn(2, 2, 1, 16, 8)
+    batch = AttentionBatch(
+        torch.tensor([0, 2]).int(),
+        torch.tensor([20]).int(),
+        torch.tensor([[1, 0]]).int(),
+        torch.arange(2),
+        torch.arange(2),
+    )
+    narrow = pools.to(torch.float8_e4m3fn)
+    got = reference.paged_attention(
+        q, narrow[0], narrow[1], batch, 0.3, None, None, None, (2.0, 0.5)
+    )
+    k, v = narrow.float() * torch.tensor([2.0, 0.5])[:, None, None, None, None]
+    want = reference.paged_attention(q, k, v, batch, 0.3, None, None, None)
+    torch.testing.assert_close(got, want)
+
+
+def test_copies_of_blocks_follow_one_another() -> None:
+    pools = [torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 16, 2).clone() for _ in range(2)]
+    reference.copy_blocks(pools, [(3, 1), (1, 0), (2, 3)])
+    for pool in pools:
+        assert pool[:, 0, 0, 0].tolist() == [3, 3, 2, 2]

@@ -1,0 +1,50 @@
+"""The rows of one step, as sampling on a device sees them."""
+
+from dataclasses import dataclass
+
+import torch
+
+MASKED = 1
+SEEN = 2
+"""Flags of an edit: the token may not be chosen; it is in the prompt or the output."""
+
+NOT_FINITE = -1
+ALL_MASKED = -2
+"""In the place of a token: the row's highest logit is no finite number; no token may be chosen."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRows:
+    """What is done to each of n rows of logits, in the order of `reference/sampling.py`. All
+    tensors contiguous and on the device of the logits; nothing here is mutated by an operation."""
+
+    seed: torch.Tensor
+    """int64 [n]."""
+    position: torch.Tensor
+    """int64 [n]: of the token that is chosen."""
+    temperature: torch.Tensor
+    """fp32 [n]; 0: the highest logit, of equal ones that with the lowest id."""
+    top_k: torch.Tensor
+    """int32 [n]; 0: off."""
+    top_p: torch.Tensor
+    """fp64 [n], in (0, 1]; 1: off."""
+    min_p: torch.Tensor
+    """fp64 [n], in [0, 1]; 0: off."""
+    repetition: torch.Tensor
+    """fp32 [n]: the penalty of seen tokens; 1: off."""
+    frequency: torch.Tensor
+    """fp32 [n]: the penalty for each time that a token was put out; 0: off."""
+    presence: torch.Tensor
+    """fp32 [n]: the penalty of a token that was put out; 0: off."""
+    mask: torch.Tensor | None
+    """int32 [n, ceil(V / 32)]: bit i % 32 of word i // 32 is set where token i may be chosen."""
+    edit_start: torch.Tensor
+    """int32 [n + 1]: the edits of row r are [edit_start[r], edit_start[r + 1])."""
+    edit_token: torch.Tensor
+    """int32 [edits], below V, distinct within a row."""
+    edit_bias: torch.Tensor
+    """fp32 [edits]: is added."""
+    edit_count: torch.Tensor
+    """fp32 [edits]: how often the token was put out."""
+    edit_flags: torch.Tensor
+    """int32 [edits]: of MASKED and SEEN."""
