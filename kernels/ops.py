@@ -2,16 +2,19 @@
 
 Every operation has its specification in `kernels/reference`, in plain torch; what each takes, gives
 and mutates is written there. This module picks the fastest right implementation for the tensors:
-the native library (kernels/cpu) for float32, bfloat16 and float16 on a CPU, the specification for
+for float32, bfloat16 and float16 the native library (kernels/cpu) on a CPU and Triton's kernels
+(kernels/triton) on a GPU, those of them that were right there at start; the specification for
 all else. Tensors are contiguous unless a docstring says otherwise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 
 from quantd.kernels import reference, sdpa
 from quantd.kernels.batch import BLOCK_SIZE, AttentionBatch
+from quantd.kernels.checked import checked
 from quantd.kernels.cpu.grouped import (
     GroupedWeight,
     grouped_linear,
@@ -34,6 +37,7 @@ from quantd.kernels.cpu.native import DTYPES, Native
 from quantd.kernels.cpu.threads import OnCallerThread
 from quantd.kernels.grouped import GroupedCodes
 from quantd.kernels.reference import Activation, dequantize_grouped, route_experts
+from quantd.kernels.sampling import SamplingRows
 
 __all__ = [
     "BLOCK_SIZE",
@@ -43,8 +47,10 @@ __all__ = [
     "GroupedWeight",
     "LinearWeight",
     "act_and_mul",
+    "SamplingRows",
     "activate",
     "add_rms_norm",
+    "copy_blocks",
     "dequantize_grouped",
     "encoder_attention",
     "grouped_linear",
@@ -64,6 +70,7 @@ __all__ = [
     "rotary",
     "rotary_write_kv",
     "route_experts",
+    "sample_rows",
     "set_num_threads",
     "unpack_grouped",
     "unpack_linear",
@@ -71,15 +78,29 @@ __all__ = [
 ]
 
 
+_Operation = TypeVar("_Operation", bound=Callable[..., Any])
+
+_MAX_GPU_HEAD_DIM = 256
+
+
 def _native(x: torch.Tensor) -> Native | None:
     return native() if x.is_cpu and x.dtype in DTYPES else None
+
+
+def _other(specification: _Operation, x: torch.Tensor) -> _Operation:
+    """The operation for what the native library does not take: on a GPU Triton's of the same
+    name."""
+    if x.is_cuda and x.dtype in DTYPES:
+        found = checked(x.device, x.dtype).operations.get(specification.__name__, specification)
+        return cast(_Operation, found)
+    return specification
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [..., H], weight fp32 [H]. x may be a view [T, heads, H] of a fused buffer."""
     lib = _native(x)
     if lib is None:
-        return reference.rms_norm(x, weight, eps)
+        return _other(reference.rms_norm, x)(x, weight, eps)
     return lib.rms_norm(x, weight, eps)
 
 
@@ -89,7 +110,7 @@ def add_rms_norm(
     """residual += x in place; returns rms_norm of that sum."""
     lib = _native(x)
     if lib is None:
-        return reference.add_rms_norm(x, residual, weight, eps)
+        return _other(reference.add_rms_norm, x)(x, residual, weight, eps)
     return lib.add_rms_norm(x, residual, weight, eps)
 
 
@@ -97,7 +118,7 @@ def act_and_mul(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
     """activation(gate) * up of gate_up [T, 2I] -> [T, I]."""
     lib = _native(gate_up)
     if lib is None:
-        return reference.act_and_mul(gate_up, activation)
+        return _other(reference.act_and_mul, gate_up)(gate_up, activation)
     return lib.act_and_mul(gate_up, activation)
 
 
@@ -105,7 +126,7 @@ def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
     """Rotates q [T, Hq, D] and k [T, Hkv, D] in place; views with a contiguous last dimension."""
     lib = _native(q)
     if lib is None:
-        return reference.rotary(q, k, cos, sin)
+        return _other(reference.rotary, q)(q, k, cos, sin)
     return lib.rotary_write_kv(q, k, k, cos, sin, None, None, None)
 
 
@@ -115,11 +136,13 @@ def write_kv(
     k_pool: torch.Tensor,
     v_pool: torch.Tensor,
     slots: torch.Tensor,
+    kv_scale: tuple[float, float] = (1.0, 1.0),
 ) -> None:
-    """Stores k and v [T, Hkv, D], views or not, at slots of the pools [blocks, Hkv, 16, D]."""
+    """Stores k and v [T, Hkv, D], views or not, at slots of the pools [blocks, Hkv, 16, D], which
+    are of k's dtype, or e4m3 of what is stored divided by `kv_scale` (keys, values)."""
     lib = _native(k)
-    if lib is None:
-        return reference.write_kv(k, v, k_pool, v_pool, slots)
+    if lib is None or k_pool.dtype != k.dtype:
+        return _other(reference.write_kv, k)(k, v, k_pool, v_pool, slots, kv_scale)
     return lib.rotary_write_kv(k, k, v, None, None, k_pool, v_pool, slots)
 
 
@@ -132,12 +155,13 @@ def rotary_write_kv(
     k_pool: torch.Tensor,
     v_pool: torch.Tensor,
     slots: torch.Tensor,
+    kv_scale: tuple[float, float] = (1.0, 1.0),
 ) -> None:
     """rotary(q, k, cos, sin), in place, then write_kv of the rotated k and of v, in one pass."""
     lib = _native(q)
-    if lib is None:
-        reference.rotary(q, k, cos, sin)
-        return reference.write_kv(k, v, k_pool, v_pool, slots)
+    if lib is None or k_pool.dtype != k.dtype:
+        operation = _other(reference.rotary_write_kv, q)
+        return operation(q, k, v, cos, sin, k_pool, v_pool, slots, kv_scale)
     return lib.rotary_write_kv(q, k, v, cos, sin, k_pool, v_pool, slots)
 
 
@@ -150,26 +174,43 @@ def paged_attention(
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    kv_scale: tuple[float, float] = (1.0, 1.0),
 ) -> torch.Tensor:
     """Causal attention of q [T, Hq, D], a view or not, over the pools -> [T, Hq, D]."""
     lib = _native(q)
-    if lib is None or q.shape[2] % 16:
-        return reference.paged_attention(q, k_pool, v_pool, batch, scale, window, softcap, sinks)
-    return lib.paged_attention(q, k_pool, v_pool, batch, scale, window, softcap, sinks)
+    if lib is not None and q.shape[2] % 16 == 0 and k_pool.dtype == q.dtype:
+        return lib.paged_attention(q, k_pool, v_pool, batch, scale, window, softcap, sinks)
+    operation = _other(reference.paged_attention, q)
+    if q.shape[2] > _MAX_GPU_HEAD_DIM:
+        operation = reference.paged_attention
+    return operation(q, k_pool, v_pool, batch, scale, window, softcap, sinks, kv_scale)
+
+
+def copy_blocks(pools: Sequence[torch.Tensor], copies: Sequence[tuple[int, int]]) -> None:
+    """For each (source, target), one after another in order: the block `target` of every pool
+    becomes what the block `source` is at that time. Pools are of one shape and dtype."""
+    if pools:
+        _other(reference.copy_blocks, pools[0])(pools, copies)
+
+
+def sample_rows(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token for each row of logits [n, V], a view or not -> (int64 [n], the highest logits fp32
+    [n]); see `reference.sample_rows`. On a GPU nothing waits for it."""
+    return _other(reference.sample_rows, logits)(logits, rows)
 
 
 def layer_norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype
 ) -> torch.Tensor:
     """x [T, H], weight and bias fp32 [H] -> [T, H] of `dtype`."""
-    return reference.layer_norm(x, weight, bias, eps, dtype)
+    return _other(reference.layer_norm, x)(x, weight, bias, eps, dtype)
 
 
 def activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
     """activation(x) of x [T, I], not gated -> a new tensor."""
     lib = _native(x)
     if lib is None:
-        return reference.activate(x, activation)
+        return _other(reference.activate, x)(x, activation)
     # Gated by ones. Not torch's own: it computes what is left over at the end of a buffer, or of
     # a thread's part of it, in another way, so that a row's bits would depend on the others.
     gate_up = x.new_ones(x.shape[0], 2 * x.shape[1])
@@ -195,9 +236,12 @@ def identity() -> tuple[str, ...]:
     return library.best_level, library.handle.quantd_sources().decode()
 
 
-def notes(dtype: torch.dtype | None = None) -> tuple[str, ...]:
+def notes(dtype: torch.dtype | None = None, device: torch.device | None = None) -> tuple[str, ...]:
     """Which fast routes this machine lacks for activations of `dtype` (None: of any), and why; for
-    the log and the API."""
+    the log and the API. With a GPU for `device` and a dtype that it has kernels for, they are
+    compiled and tried now unless they have been."""
+    if device is not None and device.type == "cuda":
+        return checked(device, dtype).problems if dtype in DTYPES else ()
     found = []
     library = open_library()
     if not isinstance(library, Library):

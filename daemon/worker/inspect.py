@@ -77,7 +77,7 @@ def _report(report: Report, request: dict[str, Any], registry: Registry) -> None
     wanted = request["dtype"]
     dtype = choose_dtype(wanted, stored, device)
     report |= {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
-    report["notes"] += ops.notes(dtype)
+    report["notes"] += ops.notes(dtype, device)
     names, exact = source.names(), wanted == "float32"
     if isinstance(config, EncoderConfig):
         tensors = encoder_tensors(config, dtype, names, exact)

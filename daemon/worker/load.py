@@ -106,7 +106,7 @@ def load_model(load: LoadModel, progress: Progress, pooling: PoolingPlan | None 
         seconds=time.perf_counter() - started,
         quantizers=count_quantizers(choices.linears),
         notes=(
-            *ops.notes(dtype),
+            *ops.notes(dtype, device),
             *registry.warnings,
             *notes(source, tensors.linears.values(), choices.linears),
             *_pool_notes(pools, max_context),

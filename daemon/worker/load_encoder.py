@@ -79,7 +79,7 @@ def load_encoder(
         seconds=time.perf_counter() - started,
         quantizers=count_quantizers(choices.linears),
         notes=(
-            *ops.notes(dtype),
+            *ops.notes(dtype, device),
             *registry.warnings,
             *notes(source, tensors.linears.values(), choices.linears),
             *plan.notes,

@@ -19,6 +19,7 @@ from torch import Tensor
 from quantd.daemon.types import BLOCK_TOKENS
 from quantd.daemon.worker.machine import MAP_NORESERVE, available_memory, total_memory
 from quantd.daemon.worker.models.config import ModelConfig
+from quantd.kernels import ops
 from quantd.plugins.api import Refused
 
 _DEFAULT_SEQUENCES = 8
@@ -58,8 +59,7 @@ class KvPools:
 
     def copy(self, src: int, dst: int) -> None:
         """Copies one whole block, in every layer."""
-        for tensor in (*self.keys, *self.values):
-            tensor[dst].copy_(tensor[src])
+        ops.copy_blocks((*self.keys, *self.values), ((src, dst),))
 
     def release(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Gives back the pages that lie wholly in these half-open ranges of blocks, whose bytes
