@@ -41,6 +41,8 @@ class Variant:
     """Architecture → a regular expression of what the PTX must have: the tensor core's products."""
     spill_limit: int = 0
     """Bytes of registers that may be spilled to memory."""
+    architectures: tuple[int, ...] = tuple(SHARED_LIMIT)
+    """Those that have what it needs."""
 
 
 @dataclass(frozen=True, slots=True)

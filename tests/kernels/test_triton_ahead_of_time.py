@@ -23,8 +23,12 @@ _MODULES = [importlib.import_module(f"{room.__name__}.{name}") for name in _NAME
 VARIANTS: list[Variant] = [v for module in _MODULES for v in getattr(module, "VARIANTS", ())]
 
 
-@pytest.mark.parametrize("architecture", SHARED_LIMIT)
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+CASES = [(variant, architecture) for variant in VARIANTS for architecture in variant.architectures]
+
+
+@pytest.mark.parametrize(
+    ("variant", "architecture"), CASES, ids=[f"{v.name} sm_{a}" for v, a in CASES]
+)
 def test_compiles(variant: Variant, architecture: int) -> None:
     compiled = compile_variant(variant, architecture)
     assert compiled.shared <= SHARED_LIMIT[architecture]
