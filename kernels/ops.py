@@ -15,14 +15,7 @@ import torch
 from quantd.kernels import reference, sdpa
 from quantd.kernels.batch import BLOCK_SIZE, AttentionBatch
 from quantd.kernels.checked import checked
-from quantd.kernels.cpu.grouped import (
-    GroupedWeight,
-    grouped_linear,
-    grouped_route,
-    join_grouped,
-    pack_grouped,
-    unpack_grouped,
-)
+from quantd.kernels.cpu.grouped import GroupedWeight
 from quantd.kernels.cpu.library import Library, open_library
 from quantd.kernels.cpu.linear import (
     LinearWeight,
@@ -36,6 +29,14 @@ from quantd.kernels.cpu.linear import (
 from quantd.kernels.cpu.native import DTYPES, Native
 from quantd.kernels.cpu.threads import OnCallerThread
 from quantd.kernels.grouped import GroupedCodes
+from quantd.kernels.grouped_linear import (
+    grouped_linear,
+    grouped_problem,
+    grouped_route,
+    join_grouped,
+    pack_grouped,
+    unpack_grouped,
+)
 from quantd.kernels.reference import Activation, dequantize_grouped, route_experts
 from quantd.kernels.sampling import SamplingRows
 
@@ -54,6 +55,7 @@ __all__ = [
     "dequantize_grouped",
     "encoder_attention",
     "grouped_linear",
+    "grouped_problem",
     "held_dtype",
     "grouped_route",
     "identity",

@@ -54,8 +54,9 @@ def all_present(spec: LinearSpec, source: TensorSource) -> bool:
 
 def why_not(spec: LinearSpec, device: torch.device) -> str | None:
     """Of a grouped layer."""
-    if device.type != "cpu":
-        return f"grouped weights have no kernel for {device.type} yet"
+    problem = ops.grouped_problem(device)
+    if problem is not None:
+        return problem
     if not spec.dtype.is_floating_point:
         return f"activations are {spec.dtype}, which is no floating point type"
     return None

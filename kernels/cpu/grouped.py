@@ -9,9 +9,12 @@ bits, groups and column order. See csrc/grouped_layout.h for the native layout.
 | torch  | without the library: dequantized for each call and multiplied in fp32                  |
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,9 @@ from quantd.kernels.cpu.library import Library, open_library
 from quantd.kernels.cpu.native_grouped import NativeCall, NativeGrouped, NativePart
 from quantd.kernels.grouped import GroupedCodes
 from quantd.kernels.reference.grouped import dequantize_grouped, quantize_rows
+
+if TYPE_CHECKING:
+    from quantd.kernels.triton.linear import Part as GpuPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +72,10 @@ class GroupedWeight:
     exact: bool
     per_row: bool
     route: str
-    """native or torch."""
+    """native or torch; triton on a GPU."""
     nbytes: int
+    gpu_parts: tuple[GpuPart, ...] = ()
+    """What it consists of on a GPU, in the place of `parts`."""
 
 
 @cache
@@ -90,22 +98,10 @@ def pack_grouped(
     exact: bool = False,
     per_row: bool = False,
 ) -> GroupedWeight:
-    """Packs a weight of `shape` (out_features, in_features) from its rows, chunk after chunk, each
-    but the last a multiple of 16 rows; all chunks agree in bits, group, table, center and in
-    having an offset. What a chunk holds is not kept, so the caller may unpack the next one into
-    the same memory.
-
-    `order` int64 [K'], when the codes are not in the order of the activations: column k of the
-    codes (K' of them) multiplies x[:, order[k]], and nothing where order[k] is -1.
-    `exact` keeps scales and offsets in fp32 and never quantizes activations. Otherwise they may be
-    rounded to eleven bits, and activations to eight bits per 32 columns.
-    `per_row` quantizes activations in one group per row, in any case: W8A8 formats define it.
-    """
+    """As kernels/grouped_linear.py has it, for the CPU."""
     rows, columns = shape
     if order is not None:
-        order = order.to(torch.int64).contiguous()
-        if order.dim() != 1 or (order.numel() and not -1 <= order.min() <= order.max() < columns):
-            raise ValueError(f"order must be one row of numbers from -1 to {columns - 1}")
+        order = checked_order(order, columns)
         columns = order.numel()
     native = native_grouped()
     part: NativePart | TorchPart
@@ -131,17 +127,26 @@ def join_grouped(weights: Sequence[GroupedWeight]) -> GroupedWeight:
 
 def unpack_grouped(w: GroupedWeight) -> torch.Tensor:
     """The weight [N, K] that is multiplied by, fp32, columns in the order of the activations."""
-    out = []
-    for part in w.parts:
-        values = _unpack(part)
-        if part.order is not None:
-            kept = part.order >= 0
-            plain = torch.zeros(part.rows, w.shape[1])
-            # A column of the activations may meet several columns of codes.
-            plain.index_add_(1, part.order[kept], values[:, kept])
-            values = plain
-        out.append(values)
+    out = [in_order(_unpack(part), part.order, w.shape[1]) for part in w.parts]
     return torch.cat(out) if len(out) > 1 else out[0]
+
+
+def checked_order(order: torch.Tensor, columns: int) -> torch.Tensor:
+    """As int64. Raises ValueError where it names a column that activations do not have."""
+    order = order.to(torch.int64).contiguous()
+    if order.dim() != 1 or (order.numel() and not -1 <= order.min() <= order.max() < columns):
+        raise ValueError(f"order must be one row of numbers from -1 to {columns - 1}")
+    return order
+
+
+def in_order(values: torch.Tensor, order: torch.Tensor | None, columns: int) -> torch.Tensor:
+    """values [N, K'] as the codes lie -> [N, columns] as the activations do."""
+    if order is None:
+        return values
+    kept = order >= 0
+    plain = values.new_zeros(values.shape[0], columns)
+    # A column of the activations may meet several columns of codes.
+    return plain.index_add_(1, order[kept], values[:, kept])
 
 
 def grouped_linear(x: torch.Tensor, w: GroupedWeight, bias: torch.Tensor | None) -> torch.Tensor:

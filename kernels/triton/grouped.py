@@ -265,13 +265,16 @@ def grouped_matmul(
     x_scale: torch.Tensor | None = None,
 ) -> None:
     """out [T, rows of the part] = x [T, columns] times the part transposed, times x_scale fp32 [T]
-    row by row, plus bias. `out` may be a view with a contiguous last dimension; x is of one of
-    DTYPES, or int8 with x_scale, and is then multiplied in fp16, where its codes are exact.
+    row by row, plus bias. `out` may be a view with a contiguous last dimension, as may x. x is of
+    one of DTYPES, or int8 with x_scale, and is then multiplied in fp16, where its codes are exact,
+    or in fp32 if `out` is.
 
     Weights are rounded to the dtype that multiplies; sums are fp32, rounded once.
     """
     rows, (columns, width) = x.shape[0], (part.columns, part.rows)
-    dtype = torch.float16 if x.dtype == torch.int8 else x.dtype
+    dtype = x.dtype
+    if dtype == torch.int8:
+        dtype = torch.float32 if out.dtype == torch.float32 else torch.float16
     sizes = tuned.tile(x.device, dtype, part.bits, rows)
     spans = triton.cdiv(columns, SPAN)
     grid = (triton.cdiv(width, sizes.n), triton.cdiv(rows, sizes.m))

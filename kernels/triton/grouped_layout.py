@@ -92,7 +92,7 @@ def pack_part(
                 for width in PLANES[chunk.bits]
                 if width
             ]
-        elif _format(chunk) != _format(first):
+        elif format_of(chunk) != format_of(first):
             raise ValueError("chunks of one weight must agree in bits, group, center and table")
         if chunk.codes.shape[1] != columns or done + count > rows:
             raise ValueError(
@@ -160,6 +160,12 @@ def gather(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return F.pad(x, (0, 1))[:, order]
 
 
+def format_of(chunk: GroupedCodes) -> tuple[object, ...]:
+    """What all chunks of a weight agree in."""
+    table = () if chunk.table is None else tuple(chunk.table.tolist())
+    return (chunk.bits, chunk.group, chunk.center, chunk.offset is not None, table)
+
+
 def _join(parts: list[PackedPart]) -> PackedPart:
     if len(parts) == 1:
         return parts[0]
@@ -187,11 +193,6 @@ def _beside(tensors: Sequence[torch.Tensor], rows: Sequence[int]) -> torch.Tenso
 def _marks(part: PackedPart) -> tuple[object, ...]:
     offset = part.offset is not None
     return (part.columns, part.bits, part.group, part.center, part.table, part.per_row, offset)
-
-
-def _format(chunk: GroupedCodes) -> tuple[object, ...]:
-    table = () if chunk.table is None else tuple(chunk.table.tolist())
-    return (chunk.bits, chunk.group, chunk.center, chunk.offset is not None, table)
 
 
 def _pack_codes(codes: torch.Tensor, bits: int, planes: list[torch.Tensor]) -> None:

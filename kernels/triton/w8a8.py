@@ -6,6 +6,7 @@ capability 8.9 or later): sums of 128 products by the tensor core, added in fp32
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,8 @@ class BytePart:
     """fp32 [rows]"""
     rows: int
     columns: int
+    order: None = None
+    """Columns are in the order of the activations."""
 
     @property
     def nbytes(self) -> int:
@@ -149,6 +152,14 @@ def pack_bytes(weight: torch.Tensor, scale: torch.Tensor) -> BytePart:
     if as_bytes.data_ptr() == weight.data_ptr():
         as_bytes = as_bytes.clone()
     return BytePart(as_bytes.view(weight.dtype), scale.float().clone(), rows, columns)
+
+
+def join_bytes(parts: Sequence[BytePart]) -> BytePart:
+    """Their rows one after the other; of one dtype and number of columns."""
+    if len(parts) == 1:
+        return parts[0]
+    data, scale = torch.cat([p.data for p in parts]), torch.cat([p.scale for p in parts])
+    return BytePart(data, scale, len(data), parts[0].columns)
 
 
 def unpack_bytes(part: BytePart) -> torch.Tensor:

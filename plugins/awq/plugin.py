@@ -61,7 +61,7 @@ class AwqQuantizer:
         loaded: list[Part] = []
         for part, rows in zip(spec.parts, spec.part_rows, strict=True):
             if parts.is_packed(part, source):
-                loaded.append(_load_part(spec, part, rows, source))
+                loaded.append(_load_part(spec, part, rows, source, device))
             else:
                 loaded.append(parts.plain_part(spec, part, source, device))
         return GroupedLinear(loaded, parts.load_bias(spec, source, device))
@@ -78,7 +78,7 @@ class AwqQuantizer:
             kind = "asymmetric" if settings.zeros else "symmetric"
             texts.append(f"4 bits, groups of {settings.group}, {kind}, {settings.version}")
             nbytes += rows * (spec.in_features // 2 + 4 * spec.in_features // settings.group)
-        return Description("; ".join(dict.fromkeys(texts)), nbytes, ops.grouped_route())
+        return Description("; ".join(dict.fromkeys(texts)), nbytes, ops.grouped_route(device))
 
 
 def _settings(part: str, rows: int, columns: int, source: TensorSource) -> Settings:
@@ -111,7 +111,9 @@ def _check_multiple(what: str, value: int, multiple: int, why: str) -> None:
         raise Refused(f"{what} is {value}, must be a multiple of {multiple} ({why})")
 
 
-def _load_part(spec: LinearSpec, part: str, rows: int, source: TensorSource) -> Part:
+def _load_part(
+    spec: LinearSpec, part: str, rows: int, source: TensorSource, device: torch.device
+) -> Part:
     settings = _settings(part, rows, spec.in_features, source)
     fast = settings.version == "gemv_fast"
     parts.check_type(f"{part}.qweight", source, parts.SHORTS if fast else parts.INTEGERS)
@@ -124,7 +126,7 @@ def _load_part(spec: LinearSpec, part: str, rows: int, source: TensorSource) -> 
     scales = parts.take(f"{part}.scales", source)
     shape = rows, spec.in_features
     packed = ops.pack_grouped(
-        _chunks(settings, qweight, qzeros, scales, shape), shape, exact=spec.exact
+        _chunks(settings, qweight, qzeros, scales, shape), shape, exact=spec.exact, device=device
     )
     source.release(f"{part}.qweight")
     return packed

@@ -61,9 +61,7 @@ class CompressedTensorsQuantizer:
             texts.append(_text(scheme))
             scales = groups * (1 if scheme.symmetric else 2) * (4 if spec.exact else 2)
             nbytes += rows * (spec.in_features * scheme.bits // 8 + scales)
-        probe = ops.GroupedCodes(torch.zeros(1, 16, dtype=torch.uint8), 8, 16, torch.zeros(1, 1))
-        route = ops.pack_grouped([probe], (1, 16)).route
-        return Description(" / ".join(dict.fromkeys(texts)), nbytes, route)
+        return Description(" / ".join(dict.fromkeys(texts)), nbytes, ops.grouped_route(device))
 
     def dequantize_rows(self, name: str, source: TensorSource, rows: Tensor) -> Tensor:
         raise Refused(f"{self.name} has no tables of embeddings, so it cannot read {name}")
@@ -161,6 +159,7 @@ def _load_part(
         order=order,
         exact=spec.exact,
         per_row=scheme.per_token,
+        device=device,
     )
     for name in names:
         source.release(name)

@@ -53,7 +53,7 @@ class GgufQuantizer:
                 text, size = parts.plain_row(spec, part, source, device)
             texts.append(text)
             nbytes += rows * size
-        return Description("; ".join(dict.fromkeys(texts)), nbytes, ops.grouped_route())
+        return Description("; ".join(dict.fromkeys(texts)), nbytes, ops.grouped_route(device))
 
     def dequantize_rows(self, name: str, source: TensorSource, rows: Tensor) -> Tensor:
         data, kind = source.read(name)[rows], source.dtype(name)
@@ -82,7 +82,7 @@ def _load_part(spec: LinearSpec, source: TensorSource, part: str, device: torch.
         return parts.plain_part(spec, part, source, device)
     rows, columns = source.shape(name)
     chunks = _chunks(kind, source.read(name), spec.in_features)
-    packed = ops.pack_grouped(chunks, (rows, columns), exact=spec.exact)
+    packed = ops.pack_grouped(chunks, (rows, columns), exact=spec.exact, device=device)
     source.release(name)
     return packed
 

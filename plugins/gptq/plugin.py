@@ -73,7 +73,7 @@ class GptqQuantizer:
         loaded: list[Part] = []
         for part, rows in zip(spec.parts, spec.part_rows, strict=True):
             if parts.is_packed(part, source):
-                loaded.append(_load_part(spec, part, rows, source))
+                loaded.append(_load_part(spec, part, rows, source, device))
             else:
                 loaded.append(parts.plain_part(spec, part, source, device))
         return GroupedLinear(loaded, parts.load_bias(spec, source, device))
@@ -104,7 +104,7 @@ class GptqQuantizer:
             texts.append(_text(settings, spec.in_features))
             # Four bytes are a scale and an offset of two bytes each, or one that is exact.
             nbytes += rows * (spec.in_features * settings.bits // 8 + 4 * settings.num_groups)
-        return Description("; ".join(dict.fromkeys(texts)), nbytes, ops.grouped_route())
+        return Description("; ".join(dict.fromkeys(texts)), nbytes, ops.grouped_route(device))
 
 
 def _text(settings: Settings, columns: int) -> str:
@@ -131,7 +131,9 @@ def _absent(part: str, source: TensorSource) -> list[str]:
     return [name for name in wanted if name not in names]
 
 
-def _load_part(spec: LinearSpec, part: str, rows: int, source: TensorSource) -> Part:
+def _load_part(
+    spec: LinearSpec, part: str, rows: int, source: TensorSource, device: torch.device
+) -> Part:
     settings = read_settings(part, spec.in_features, rows, source)
     parts.check_type(f"{part}.qweight", source, parts.INTEGERS)
     parts.check_type(f"{part}.qzeros", source, parts.INTEGERS)
@@ -148,7 +150,7 @@ def _load_part(spec: LinearSpec, part: str, rows: int, source: TensorSource) -> 
     qweight = source.read(f"{part}.qweight")
     chunks = _chunks(qweight, scales, zeros, columns, settings.bits, spec.in_features)
     shape = rows, spec.in_features
-    packed = ops.pack_grouped(chunks, shape, order=columns.order, exact=spec.exact)
+    packed = ops.pack_grouped(chunks, shape, order=columns.order, exact=spec.exact, device=device)
     source.release(f"{part}.qweight")
     return packed
 

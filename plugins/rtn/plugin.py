@@ -54,7 +54,7 @@ class _Rounded:
         if probe.offset is not None:
             scales = 2 * -(-spec.in_features // probe.group)
         nbytes = spec.out_features * (bits // 8 + scales * (4 if spec.exact else 2))
-        return Description(self._text, nbytes, ops.grouped_route())
+        return Description(self._text, nbytes, ops.grouped_route(device))
 
     def dequantize_rows(self, name: str, source: TensorSource, rows: Tensor) -> Tensor:
         raise Refused(f"{self.name} has no tables of embeddings, so it cannot read {name}")
@@ -65,7 +65,9 @@ class _Rounded:
             name = f"{part}.weight"
             chunks = self._chunks(name, source.read(name))
             shape = (rows, spec.in_features)
-            packed = ops.pack_grouped(chunks, shape, exact=spec.exact, per_row=self._per_row)
+            packed = ops.pack_grouped(
+                chunks, shape, exact=spec.exact, per_row=self._per_row, device=device
+            )
             loaded.append(packed)
             source.release(name)
         return GroupedLinear(loaded, parts.load_bias(spec, source, device))
