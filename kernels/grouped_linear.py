@@ -6,7 +6,6 @@ one opaque type.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ import torch
 
 from quantd.kernels.cpu import grouped as cpu
 from quantd.kernels.cpu.grouped import GroupedWeight
+from quantd.kernels.gpu import triton_problem
 from quantd.kernels.grouped import GroupedCodes
 
 if TYPE_CHECKING:
@@ -32,9 +32,8 @@ def grouped_problem(device: torch.device) -> str | None:
     """Why grouped weights cannot be on this device, or None when they can."""
     if device.type not in ("cpu", "cuda"):
         return f"grouped weights have no kernel for {device.type} yet"
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "grouped weights on a GPU need the package triton, which is not installed"
-    return None
+    problem = triton_problem() if device.type == "cuda" else None
+    return None if problem is None else f"grouped weights on a GPU: {problem}"
 
 
 def pack_grouped(

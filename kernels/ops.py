@@ -28,6 +28,7 @@ from quantd.kernels.cpu.linear import (
 )
 from quantd.kernels.cpu.native import DTYPES, Native
 from quantd.kernels.cpu.threads import OnCallerThread
+from quantd.kernels.gpu import triton_problem
 from quantd.kernels.grouped import GroupedCodes
 from quantd.kernels.grouped_linear import (
     grouped_linear,
@@ -37,7 +38,7 @@ from quantd.kernels.grouped_linear import (
     pack_grouped,
     unpack_grouped,
 )
-from quantd.kernels.reference import Activation, dequantize_grouped, route_experts
+from quantd.kernels.reference import Activation, dequantize_grouped
 from quantd.kernels.sampling import SamplingRows
 
 __all__ = [
@@ -228,6 +229,17 @@ def encoder_attention(
     if q.dtype in DTYPES:
         return sdpa.encoder_attention(q, k, v, starts, scale)
     return reference.encoder_attention(q, k, v, starts, scale)
+
+
+def route_experts(
+    logits: torch.Tensor, top_k: int, *, softmax_before: bool, renormalize: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The top_k experts of each row of logits [T, E], best first, the lower id first among equals
+    -> weights fp32 and ids int64 [T, top_k]."""
+    route = reference.route_experts
+    if logits.is_cuda and triton_problem() is None:
+        from quantd.kernels.triton.routing import route_experts as route
+    return route(logits, top_k, softmax_before=softmax_before, renormalize=renormalize)
 
 
 def identity() -> tuple[str, ...]:

@@ -300,7 +300,7 @@ def grouped_matmul(
         sums.stride(-2),
         part.low.shape[2],
         **value_arguments(part),
-        **format_constants(part),
+        **format_constants(part, len(part.scale)),
         DTYPE=DTYPES[dtype],
         WHOLE=whole,
         SPAN_BLOCKS=SPAN_BLOCKS,
@@ -324,13 +324,13 @@ def value_arguments(part: PackedPart) -> dict[str, float | int]:
     return {"zero": _MAGIC + 128} | dict(zip(_TABLE_WORDS, words, strict=True))
 
 
-def format_constants(part: PackedPart) -> dict[str, int | bool]:
+def format_constants(part: PackedPart, groups: int) -> dict[str, int | bool]:
     """What the kernels are compiled for."""
     low, high = PLANES[part.bits]
     return {
         "LOW": low,
         "HIGH": high,
-        "GROUP": part.group if len(part.scale) > 1 else 0,
+        "GROUP": part.group if groups > 1 else 0,
         "HAS_TABLE": bool(part.table),
         "HAS_OFFSET": part.offset is not None,
     }

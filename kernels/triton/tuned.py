@@ -53,6 +53,11 @@ def tile(device: torch.device, dtype: torch.dtype, bits: int, rows: int) -> Tile
     return MEASURED.get((_name(device), bits, most), DEFAULT[most])
 
 
+def rows_of_tile(pairs: int, num_experts: int) -> int:
+    """For rows that are dealt to experts: how many a tile has."""
+    return ROWS[0] if pairs <= ROWS[0] * num_experts else ROWS[1]
+
+
 @cache
 def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

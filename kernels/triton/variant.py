@@ -18,9 +18,13 @@ from typing import Any
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 120: 101_376}
 """Bytes of shared memory that one block may have, by compute capability (CUDA C++ Programming
 Guide, table of technical specifications)."""
+AMD_SHARED_LIMIT = {"gfx942": 65_536}
+"""The same of AMD's GPUs, by architecture (CDNA 3 Instruction Set Architecture: LDS)."""
 
 _SPILLED = re.compile(r"(\d+) bytes spill stores")
 _REGISTERS = re.compile(r"Used (\d+) registers")
+_VGPRS = re.compile(r"\.vgpr_count:\s*(\d+)")
+_VGPRS_SPILLED = re.compile(r"\.vgpr_spill_count:\s*(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,7 @@ class Variant:
 @dataclass(frozen=True, slots=True)
 class Compiled:
     ptx: str
+    """Or another vendor's assembly."""
     shared: int
     """Bytes of shared memory of a block."""
     registers: int
@@ -59,6 +64,23 @@ class Compiled:
 def compile_variant(variant: Variant, architecture: int) -> Compiled:
     """For an NVIDIA GPU of compute capability architecture / 10, here without one. Raises what
     Triton or ptxas raises."""
+    built = _compile(variant, "cuda", architecture, 32)
+    ptx: str = built.asm["ptx"]
+    registers, spilled = _assembled(ptx)
+    return Compiled(ptx, built.metadata.shared, registers, spilled)
+
+
+def compile_for_amd(variant: Variant, architecture: str) -> Compiled:
+    """For an AMD GPU of 64 lanes such as "gfx942", its assembly in the place of PTX. Raises what
+    Triton raises; what it gives, it has linked."""
+    built = _compile(variant, "hip", architecture, 64)
+    assembly: str = built.asm["amdgcn"]
+    registers, spilled = _VGPRS.search(assembly), _VGPRS_SPILLED.search(assembly)
+    assert registers and spilled and built.asm["hsaco"], assembly
+    return Compiled(assembly, built.metadata.shared, int(registers[1]), 4 * int(spilled[1]))
+
+
+def _compile(variant: Variant, backend: str, architecture: int | str, lanes: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -69,11 +91,8 @@ def compile_variant(variant: Variant, architecture: int) -> Compiled:
     types = dict.fromkeys(variant.constants, "constexpr") | dict(variant.signature)
     source = ASTSource(variant.kernel, {n: types[n] for n in names}, constants, attributes)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    target = GPUTarget("cuda", architecture, 32)
-    built = triton.compile(source, target=target, options=options)
-    ptx: str = built.asm["ptx"]
-    registers, spilled = _assembled(ptx)
-    return Compiled(ptx, built.metadata.shared, registers, spilled)
+    target = GPUTarget(backend, architecture, lanes)
+    return triton.compile(source, target=target, options=options)
 
 
 def _assembled(ptx: str) -> tuple[int, int]:
