@@ -7,13 +7,15 @@ weight: the same spans in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 
+from quantd.kernels.cpu.grouped import GroupedWeight
+from quantd.kernels.cpu.linear import LinearWeight
 from quantd.kernels.triton import tuned
 from quantd.kernels.triton.grouped import (
     DTYPES,
@@ -25,7 +27,7 @@ from quantd.kernels.triton.grouped import (
     value_arguments,
 )
 from quantd.kernels.triton.grouped_layout import PackedPart
-from quantd.kernels.triton.routing import ExpertRows
+from quantd.kernels.triton.routing import ExpertRows, plan_rows
 from quantd.kernels.triton.variant import Variant
 
 _DENSE_K = 64
@@ -37,6 +39,10 @@ class DenseExperts:
     """Weights [experts, N, K] of all experts, contiguous."""
 
     data: torch.Tensor
+
+    @property
+    def count(self) -> int:
+        return self.data.shape[0]
 
     @property
     def rows(self) -> int:
@@ -51,8 +57,15 @@ class PackedExperts:
     """Its tensors have one more dimension, in front: the experts."""
 
     @property
+    def count(self) -> int:
+        return self.part.low.shape[0]
+
+    @property
     def rows(self) -> int:
         return self.part.rows
+
+
+ExpertWeights = DenseExperts | PackedExperts
 
 
 @triton.jit
@@ -237,6 +250,36 @@ def _combine_kernel(
     tl.store(out + row * width + n, total.to(out.dtype.element_ty), mask=inside)
 
 
+def feed_forward(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    gate_up: ExpertWeights,
+    down: ExpertWeights,
+    act: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """x [T, hidden] through the experts that route_experts chose -> [T, hidden]: the sum over them
+    of weight * down(act(gate_up(x))). act: [pairs, 2I] -> [pairs, I]. T > 0."""
+    rows = plan_rows(ids, gate_up.count)
+    inner = act(expert_matmul(x, gate_up, rows, gather=True))
+    return combine(expert_matmul(inner, down, rows, gather=False), weights, rows)
+
+
+def stack_experts(weights: Sequence[GroupedWeight | LinearWeight]) -> ExpertWeights:
+    """The weights of all experts, in order of their ids, as they are multiplied at once. Copies
+    them. Raises ValueError where they do not agree in format and shape."""
+    dense = [w.data for w in weights if isinstance(w, LinearWeight) and w.route == "torch"]
+    if len(dense) == len(weights):
+        return DenseExperts(torch.stack(dense))
+    alone = [
+        w.gpu_parts[0] for w in weights if isinstance(w, GroupedWeight) and len(w.gpu_parts) == 1
+    ]
+    packed = [part for part in alone if isinstance(part, PackedPart)]
+    if len(packed) != len(weights):
+        raise ValueError("the weights of experts must be dense, or one grouped part each")
+    return stack_packed(packed)
+
+
 def stack_packed(parts: Sequence[PackedPart]) -> PackedExperts:
     """One part for each expert; all of one format and shape, without an order. Copies them."""
     first = parts[0]
@@ -264,7 +307,7 @@ def _stack_widest(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def expert_matmul(
-    x: torch.Tensor, weights: DenseExperts | PackedExperts, rows: ExpertRows, *, gather: bool
+    x: torch.Tensor, weights: ExpertWeights, rows: ExpertRows, *, gather: bool
 ) -> torch.Tensor:
     """Each pair's row of x times its expert's weight transposed -> [pairs, N] of x's dtype, in the
     plan's order. gather: x [T, K] holds the rows that were routed; else x [pairs, K] is in the

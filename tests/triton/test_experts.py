@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantd.kernels import reference
+from quantd.daemon.worker.models.moe import Experts, FeedForward
+from quantd.kernels import grouped_linear, ops, reference
 from quantd.kernels.grouped import GroupedCodes
-from quantd.kernels.triton import experts, grouped, routing
+from quantd.kernels.triton import experts, grouped, linear, routing
 from quantd.kernels.triton.grouped_layout import PackedPart, pack_part, unpack_part
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -116,6 +118,40 @@ def test_a_mixture_is_the_sum_of_its_experts(
     assert error(experts.combine(second, weights, plan), total) <= MAX_NMSE[dtype]
 
 
+@pytest.mark.parametrize("bits", [0, 4])
+def test_the_worker_gets_what_its_own_experts_give(
+    monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    """The mixture of daemon/worker, expert after expert, beside all of them at once."""
+    monkeypatch.setattr(grouped_linear, "_gpu", lambda device: linear)
+    num_experts, hidden, inner = 5, 48, 32
+    weights: list[ops.GroupedWeight | ops.LinearWeight] = []
+    for n, k in ((2 * inner, hidden), (hidden, inner)) * num_experts:
+        if bits:
+            codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+            g = GroupedCodes(codes, 4, 16, torch.rand(n, -(-k // 16)) / 16, center=8)
+            weights.append(ops.pack_grouped([g], (n, k), device=CPU))
+        else:
+            plain = torch.randn(n, k) / 6
+            weights.append(ops.LinearWeight(plain, (n, k), plain.dtype, "torch", plain.nbytes))
+
+    def layer(w: ops.GroupedWeight | ops.LinearWeight) -> Any:
+        multiply: Any = ops.grouped_linear if isinstance(w, ops.GroupedWeight) else ops.linear
+        return lambda x: multiply(x, w, None)
+
+    each = [
+        FeedForward(layer(gate_up), layer(down), "silu")
+        for gate_up, down in zip(weights[::2], weights[1::2], strict=True)
+    ]
+    router = torch.randn(num_experts, hidden)
+    mixture = Experts(lambda x: x @ router.T, each, 2, True)  # type: ignore[arg-type]
+    x = torch.randn(9, hidden)
+    routed = routing.route_experts(x @ router.T, 2, softmax_before=True, renormalize=True)
+    stacks = [experts.stack_experts(weights[i::2]) for i in (0, 1)]
+    got = experts.feed_forward(x, *routed, *stacks, lambda y: reference.act_and_mul(y, "silu"))
+    assert error(got, mixture(x).double()) <= 1e-11
+
+
 def test_a_row_has_the_bits_that_its_expert_alone_gives() -> None:
     parts = [packed(4, 32, "center", 40, 1200) for _ in range(3)]
     x = torch.randn(5, 1200).half()
@@ -134,6 +170,11 @@ def test_experts_of_different_formats_are_refused() -> None:
             experts.stack_packed([first, other])
     with pytest.raises(ValueError, match="order"):
         experts.stack_packed([dataclasses.replace(first, order=torch.arange(64))])
+    plain = ops.LinearWeight(torch.zeros(8, 64), (8, 64), torch.float32, "torch", 2048)
+    two_parts = ops.GroupedWeight((), None, (16, 64), False, False, "triton", 0, (first, first))
+    for weights in ([plain, two_parts], [two_parts]):
+        with pytest.raises(ValueError, match="one grouped part each"):
+            experts.stack_experts(weights)
     with pytest.raises(ValueError, match="top_k is 7"):
         routing.route_experts(torch.zeros(1, 6), 7, softmax_before=True, renormalize=True)
 
