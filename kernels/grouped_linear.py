@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from quantd.kernels.checked import checked
 from quantd.kernels.cpu import grouped as cpu
 from quantd.kernels.cpu.grouped import GroupedWeight
-from quantd.kernels.gpu import triton_problem
 from quantd.kernels.grouped import GroupedCodes
 
 if TYPE_CHECKING:
@@ -28,12 +28,18 @@ def grouped_route(device: torch.device | None = None) -> str:
     return cpu.grouped_route() if device is None or _gpu(device) is None else GPU_ROUTE
 
 
-def grouped_problem(device: torch.device) -> str | None:
-    """Why grouped weights cannot be on this device, or None when they can."""
+def grouped_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why grouped weights cannot be on this device for activations of `dtype`, or None when they
+    can. On a GPU that is what the check at start found."""
     if device.type not in ("cpu", "cuda"):
         return f"grouped weights have no kernel for {device.type} yet"
-    problem = triton_problem() if device.type == "cuda" else None
-    return None if problem is None else f"grouped weights on a GPU: {problem}"
+    if device.type == "cpu":
+        return None
+    found = checked(device, dtype)
+    if "grouped_linear" in found.operations:
+        return None
+    why = [problem for problem in found.problems if "grouped_linear" in problem] or found.problems
+    return f"grouped weights on a GPU: {'; '.join(why)}"
 
 
 def pack_grouped(

@@ -28,7 +28,6 @@ from quantd.kernels.cpu.linear import (
 )
 from quantd.kernels.cpu.native import DTYPES, Native
 from quantd.kernels.cpu.threads import OnCallerThread
-from quantd.kernels.gpu import triton_problem
 from quantd.kernels.grouped import GroupedCodes
 from quantd.kernels.grouped_linear import (
     grouped_linear,
@@ -236,9 +235,7 @@ def route_experts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The top_k experts of each row of logits [T, E], best first, the lower id first among equals
     -> weights fp32 and ids int64 [T, top_k]."""
-    route = reference.route_experts
-    if logits.is_cuda and triton_problem() is None:
-        from quantd.kernels.triton.routing import route_experts as route
+    route = _other(reference.route_experts, logits)
     return route(logits, top_k, softmax_before=softmax_before, renormalize=renormalize)
 
 

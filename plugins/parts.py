@@ -54,12 +54,9 @@ def all_present(spec: LinearSpec, source: TensorSource) -> bool:
 
 def why_not(spec: LinearSpec, device: torch.device) -> str | None:
     """Of a grouped layer."""
-    problem = ops.grouped_problem(device)
-    if problem is not None:
-        return problem
     if not spec.dtype.is_floating_point:
         return f"activations are {spec.dtype}, which is no floating point type"
-    return None
+    return ops.grouped_problem(device, spec.dtype)
 
 
 def check_type(name: str, source: TensorSource, allowed: Collection[str]) -> None:

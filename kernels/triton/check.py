@@ -7,6 +7,7 @@ name, and everything else goes on. What a kernel promises beyond this is in `tes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,18 @@ import torch
 from quantd.kernels import reference
 from quantd.kernels.batch import BLOCK_SIZE, AttentionBatch
 from quantd.kernels.checked import Checked, Operation
+from quantd.kernels.grouped import GroupedCodes
 from quantd.kernels.sampling import SamplingRows
-from quantd.kernels.triton import activation, attention, copies, norms, rotary, sampling
+from quantd.kernels.triton import (
+    activation,
+    attention,
+    copies,
+    linear,
+    norms,
+    rotary,
+    routing,
+    sampling,
+)
 
 _MAX_NMSE = {torch.float32: 1e-9, torch.float16: 2.0**-19, torch.bfloat16: 2.0**-13}
 """Mean squared error over mean square. More than tests allow: both sides are rounded here, and what
@@ -29,6 +40,7 @@ class _Case(NamedTuple):
     specification: Operation
     arguments: Make
     """Makes the arguments of one call or more, on the CPU."""
+    keywords: Mapping[str, Any] = MappingProxyType({})
 
 
 def check(
@@ -49,9 +61,9 @@ def _problem(case: _Case, device: torch.device, dtype: torch.dtype) -> str | Non
     generator = torch.Generator().manual_seed(0)
     for arguments in case.arguments(generator, dtype):
         got, want = ([_moved(a, device) for a in arguments] for _ in range(2))
-        expected = (case.specification(*want), *want)
+        expected = (case.specification(*want, **case.keywords), *want)
         try:
-            outcome = (case.kernel(*got), *got)
+            outcome = (case.kernel(*got, **case.keywords), *got)
             error = max(map(_error, _tensors(outcome), _tensors(expected)), default=0.0)
         except Exception as problem:  # whatever a compiler and a driver can raise
             first = str(problem).strip().partition("\n")[0]
@@ -193,6 +205,39 @@ def _sampling(g: torch.Generator, dtype: torch.dtype) -> Iterable[tuple[Any, ...
     yield _random(g, dtype, count, vocabulary) * 4, rows
 
 
+def _routing(g: torch.Generator, dtype: torch.dtype) -> Iterable[tuple[Any, ...]]:
+    yield torch.randint(-9, 9, (5, 12), generator=g).to(dtype), 3
+
+
+def _grouped(g: torch.Generator, dtype: torch.dtype) -> Iterable[tuple[Any, ...]]:
+    """One plane and two, one row and more, a span and a part of one; int8 by int8. Not every number
+    of bits: each is compiled when a machine first starts."""
+    columns = 1100
+    for bits, group, rows, per_row in ((4, 48, 1, False), (5, 32, 17, False), (8, 1104, 3, True)):
+        codes = torch.randint(0, 1 << bits, (40, columns), generator=g, dtype=torch.uint8)
+        scale = torch.rand(40, -(-columns // group), generator=g) / (1 << bits)
+        yield _random(g, dtype, rows, columns), codes, bits, group, scale, per_row
+
+
+def _grouped_linear(
+    x: torch.Tensor, codes: torch.Tensor, bits: int, group: int, scale: torch.Tensor, per_row: bool
+) -> torch.Tensor:
+    chunks = [GroupedCodes(codes, bits, group, scale, center=1 << (bits - 1))]
+    part = linear.pack(chunks, *codes.shape, order=None, per_row=per_row, device=x.device)
+    return linear.multiply(x, [part], None)
+
+
+def _grouped_reference(
+    x: torch.Tensor, codes: torch.Tensor, bits: int, group: int, scale: torch.Tensor, per_row: bool
+) -> torch.Tensor:
+    chunk = GroupedCodes(codes, bits, group, scale, center=1 << (bits - 1))
+    read = x.float()
+    if per_row:
+        rounded, steps = reference.quantize_rows(x, None)
+        read = rounded.float() * steps
+    return (read @ reference.dequantize_grouped(chunk).T).to(x.dtype)
+
+
 CASES: Mapping[str, _Case] = {
     "rms_norm": _Case(norms.rms_norm, reference.rms_norm, _norm),
     "add_rms_norm": _Case(norms.add_rms_norm, reference.add_rms_norm, _added_norm),
@@ -206,5 +251,12 @@ CASES: Mapping[str, _Case] = {
     ),
     "paged_attention": _Case(attention.paged_attention, reference.paged_attention, _attention),
     "copy_blocks": _Case(copies.copy_blocks, reference.copy_blocks, _copies),
+    "route_experts": _Case(
+        routing.route_experts,
+        reference.route_experts,
+        _routing,
+        {"softmax_before": True, "renormalize": True},
+    ),
+    "grouped_linear": _Case(_grouped_linear, _grouped_reference, _grouped),
     "sample_rows": _Case(sampling.sample_rows, reference.sample_rows, _sampling),
 }
