@@ -1,6 +1,7 @@
 """A real daemon under a trace, and what its steps cost, learned from it.
 
-The daemon serves the embedded model in float32 with one thread; everything goes through HTTP.
+The daemon serves the embedded model in float32, or a model that is given, with one thread;
+everything goes through HTTP.
 """
 
 from __future__ import annotations
@@ -41,12 +42,13 @@ SHAPES = (
 REPEATS = 3
 
 
-def demo(settings: SchedulerSettings) -> Peer:
+def demo(settings: SchedulerSettings, model: str = "") -> Peer:
     """How to start the daemon; its socket is where no other one looks."""
     socket = Path(tempfile.mkdtemp(), "quantd.sock")
-    command = [sys.executable, "-m", "quantd.daemon", "serve", "model=embedded:demo"]
+    command = [sys.executable, "-m", "quantd.daemon", "serve"]
+    command += [f"model={model}"] if model else ["model=embedded:demo", "--dtype", "float32"]
     command += ["--host", "127.0.0.1", "--port", "{port}", "--socket", str(socket)]
-    command += ["--dtype", "float32", "--threads", "1", "--policy", settings.policy]
+    command += ["--threads", "1", "--policy", settings.policy]
     command += ["--max-running", str(settings.max_running)]
     command += ["--token-budget", str(settings.token_budget)]
     return Peer("quantd", "quantd", tuple(command))

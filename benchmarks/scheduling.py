@@ -163,7 +163,7 @@ def validate(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The same trace through the simulator and through a daemon, both first come, first served."""
     settings = settings_of(arguments, "fcfs", 30.0)
     rows = []
-    with RunningPeer(replay.demo(settings)) as daemon:
+    with RunningPeer(replay.demo(settings, arguments.model)) as daemon:
         for seed, (trace, load) in enumerate(VALIDATION):
             cost = replay.fit(daemon.url, settings, seed)
             print("fitted:", {name: f"{value:.3g}" for name, value in asdict(cost).items()})
@@ -233,6 +233,7 @@ def main() -> None:
     parser.add_argument("--aging", type=float, nargs="+", default=[30.0, 300.0, 3000.0])
     parser.add_argument("--measure", action="store_true", help="costs of the embedded model")
     parser.add_argument("--validate", action="store_true")
+    parser.add_argument("--model", default="", help="for --validate: a folder or a file")
     parser.add_argument("--json", type=Path, help="adds to this file what was found")
     parser.add_argument("--svg", type=Path)
     arguments = parser.parse_args()
