@@ -164,7 +164,7 @@ def validate(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     settings = settings_of(arguments, "fcfs", 30.0)
     rows = []
     with RunningPeer(replay.demo(settings, arguments.model)) as daemon:
-        for seed, (trace, load) in enumerate(VALIDATION):
+        for seed, (trace, load) in enumerate(arguments.trials or VALIDATION):
             cost = replay.fit(daemon.url, settings, seed)
             print("fitted:", {name: f"{value:.3g}" for name, value in asdict(cost).items()})
             jobs = replay.for_demo(
@@ -223,6 +223,11 @@ def simulated(arguments: argparse.Namespace) -> dict[str, Any]:
     return record
 
 
+def _trial(text: str) -> tuple[str, float]:
+    trace, _, load = text.partition(":")
+    return trace, float(load)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--load", type=float, default=0.9)
@@ -233,6 +238,7 @@ def main() -> None:
     parser.add_argument("--aging", type=float, nargs="+", default=[30.0, 300.0, 3000.0])
     parser.add_argument("--measure", action="store_true", help="costs of the embedded model")
     parser.add_argument("--validate", action="store_true")
+    parser.add_argument("--trials", type=_trial, nargs="+", help="for --validate: poisson:0.5")
     parser.add_argument("--model", default="", help="for --validate: a folder or a file")
     parser.add_argument("--json", type=Path, help="adds to this file what was found")
     parser.add_argument("--svg", type=Path)
