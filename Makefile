@@ -56,12 +56,14 @@ stop:  ## end the daemon that `make serve` started
 test: $(VENV)/.dev $(VENV)/.openai2 tests/e2e/clients/js/node_modules  ## run the tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not gpu and not clients"
 
-# As a machine without a C compiler would install it: a wheel whose library failed to build.
-$(VENV)/portable: $(VENV)/.dev $(wildcard daemon/*.py daemon/*/*.py daemon/*/*/*.py plugins/*.py plugins/*/*.py kernels/*.py kernels/*/*.py)
-	@rm -rf $@ && mkdir -p $@
-	@CC=false $(PIP) wheel -q --no-deps --no-build-isolation -w $@ . 2>/dev/null
-	@$(PIP) install -q --no-deps --target $@ $@/*.whl
-	@test ! -e $@/quantd/kernels/cpu/_native.so
+# As a machine without a C compiler would install it: a wheel whose library failed to build. What an
+# earlier build has left would go into it.
+$(VENV)/portable/.built: $(VENV)/.dev $(wildcard daemon/*.py daemon/*/*.py daemon/*/*/*.py plugins/*.py plugins/*/*.py kernels/*.py kernels/*/*.py)
+	@rm -rf $(@D) build && mkdir -p $(@D)
+	@CC=false $(PIP) wheel -q --no-deps --no-build-isolation -w $(@D) . 2>/dev/null
+	@$(PIP) install -q --no-deps --target $(@D) $(@D)/*.whl
+	@test ! -e $(@D)/quantd/kernels/cpu/_native.so
+	@touch $@
 
 # Bit-equality of rows in any batch is the library's promise; plain torch is close (kernels/README.md).
 NATIVE_ONLY := tests/numerics/test_families.py::test_batched_as_alone \
@@ -69,7 +71,7 @@ NATIVE_ONLY := tests/numerics/test_families.py::test_batched_as_alone \
 	tests/numerics/test_pooled.py::test_a_decoder_reads_a_prompt_in_chunks \
 	tests/kernels/test_encoder.py::test_activations
 
-test-portable: $(VENV)/portable  ## the tests that need no C library, without it
+test-portable: $(VENV)/portable/.built  ## the tests that need no C library, without it
 	PYTHONPATH=$(abspath $(VENV)/portable) $(BIN)/python -m pytest -q -n 2 --dist loadgroup \
 		-m "not slow and not gpu and not clients" $(addprefix --deselect ,$(NATIVE_ONLY)) \
 		tests/kernels tests/numerics tests/e2e/test_answers.py
