@@ -321,7 +321,8 @@ def test_a_chain_whose_blocks_had_to_leave_goes_on_the_same(
                 for each, said in ((client, wide), (tight, narrow))
             ]
             assert pair[0].output_text == pair[1].output_text
-            assert cached(pair[0]) == cached(pair[1]) > 100
+            # Not equal: to compute a block again may be measured to be cheaper than to fetch it.
+            assert cached(pair[0]) >= cached(pair[1]) > 100
     assert small.metric('quantd_spill_bytes_total{direction="out",tier="host"}') > 0
 
 
