@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from quantd.daemon.config import SchedulerSettings
 from quantd.daemon.kv.cache import KvCache, Match
 from quantd.daemon.kv.tree import TOKEN_BYTES
 from quantd.daemon.scheduler.deadlines import Deadlines, is_hopeless, why_hopeless, why_over
+from quantd.daemon.scheduler.division import Division
 from quantd.daemon.scheduler.fetching import FetchQueue
 from quantd.daemon.scheduler.pace import StartPace
 from quantd.daemon.scheduler.policy import Key, make_policy
 from quantd.daemon.scheduler.ready import ReadyQueue
 from quantd.daemon.scheduler.sequence import Phase, Sequence, blocks_for
-from quantd.daemon.scheduler.share import BatchShare, share_budget
 from quantd.daemon.scheduler.shares import CallerShares
 from quantd.daemon.scheduler.tables import BlockTables
 from quantd.daemon.scheduler.updates import SequenceUpdate, finish_reason, keep_prompt_logprobs
@@ -34,15 +34,8 @@ from quantd.daemon.types import (
     TokenLogprob,
 )
 
-STEP_SECONDS = 0.5
-BATCH_STEP_SECONDS = 0.1
-"""A step of lines of batches alone is shorter: whoever comes meanwhile waits for it."""
 BATCH_PLACES = 1 / 8
 """Of the batch, for lines that have waited too long and may not be displaced."""
-LEAST_TOKENS = 64
-"""Of prompts in a step, however slow: fewer rows would mostly read the weights again."""
-FIRST_TOKENS = 256
-"""In a step, before it is known how long one takes."""
 
 PreemptionReason = Literal["memory", "priority"]
 """The blocks ran out, or one that goes first took the place."""
@@ -95,7 +88,6 @@ class Scheduler:
         self._kv = tables.kv
         self._settings = settings
         self._max_context = max_context
-        self._whole = whole
         # Each running sequence needs a token of every step's budget.
         self._max_running = min(settings.max_running, settings.token_budget)
         self._policy = make_policy(settings)
@@ -103,7 +95,7 @@ class Scheduler:
         self._max_aged_lines = math.ceil(BATCH_PLACES * self._max_running)
         self._others = self._new_queue()
         self._lines = self._new_queue()
-        self._batch_share = BatchShare()
+        self._division = Division(tables, settings.token_budget, whole)
         self._fetching = FetchQueue(self._kv)
         self._deadlines = Deadlines()
         self._pace = StartPace()
@@ -282,13 +274,13 @@ class Scheduler:
             self._queue(seq).add(seq)
         self._start_waiting(now)
         going = self._going()
-        sizes = self._sizes(going)
+        sizes = self._division.sizes(going)
         chunks = self._place([seq for seq in going if sizes[seq]], sizes, now)
         held = {seq: left for seq, left in going.items() if seq.phase is Phase.RUNNING}
         if held and not chunks:
             # Nobody else gets on, so those lines do that made way.
             held = {seq: left for seq, left in held.items() if not sizes[seq]}
-            chunks = self._place([*held], self._sizes(held), now)
+            chunks = self._place([*held], self._division.sizes(held), now)
         if not chunks and not self._kv.has_orders:
             return None
         self._step += 1
@@ -460,54 +452,6 @@ class Scheduler:
                 going[seq] = left
         return going
 
-    def _leaders(self, going: Iterable[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
-        """(who leads, who follows): a follower's next block is that of one before it, which it
-        waits for. If a step's tokens were shared out to all, each would compute the same ones."""
-        seen: set[tuple[int, bytes]] = set()
-        leaders, followers = [], []
-        for seq in going:
-            block = self._tables.next_shared(seq)
-            if block in seen and self._tables.may_wait(seq):
-                followers.append(seq)
-                continue
-            leaders.append(seq)
-            if block is not None:
-                seen.add(block)
-        return leaders, followers
-
-    def _sizes(self, going: dict[Sequence, int]) -> dict[Sequence, int]:
-        """How many of its tokens each sequence gets in this step; a line, and one that waits for
-        what another computes, may get none."""
-        if not going:
-            return {}
-        # Nobody waits for what a line computes, which gets little.
-        in_order = sorted(going, key=lambda seq: seq.request.is_batch)
-        leaders, followers = self._leaders(in_order)
-        lines = [seq for seq in leaders if seq.request.is_batch]
-        others = [seq for seq in leaders if not seq.request.is_batch]
-        budget = self._budget(len(going), STEP_SECONDS if others else BATCH_STEP_SECONDS)
-        if self._whole:
-            return _whole_prompts(going, budget)
-        sizes = self._batch_share.divide(
-            budget, [going[seq] for seq in others], [going[seq] for seq in lines]
-        )
-        # What is over is the followers': then those before them get through with what is shared.
-        free = budget - sum(sizes)
-        if others:
-            followers = [seq for seq in followers if not seq.request.is_batch]
-        followers = followers[:free]
-        sizes += share_budget(free, [going[seq] for seq in followers])
-        return dict.fromkeys(going, 0) | dict(
-            zip([*others, *lines, *followers], sizes, strict=True)
-        )
-
-    def _budget(self, num_going: int, seconds: float) -> int:
-        """Tokens of this step: `token_budget`, or what takes `seconds` where that is less. A
-        step cannot be interrupted: it is what those that decode, arrive or leave wait for."""
-        token_seconds = self._kv.cost.token_seconds
-        fast = FIRST_TOKENS if token_seconds is None else int(seconds / token_seconds)
-        return min(self._settings.token_budget, max(fast, num_going + LEAST_TOKENS))
-
     def _place(
         self, going: list[Sequence], sizes: Mapping[Sequence, int], now: float
     ) -> list[Chunk]:
@@ -645,15 +589,3 @@ class Scheduler:
             assert not seq.on_worker or seq.phase is Phase.RUNNING
             if not self._in_flight:
                 assert seq.num_computed_tokens == seq.num_scheduled_tokens
-
-
-def _whole_prompts(left: Mapping[Sequence, int], budget: int) -> dict[Sequence, int]:
-    """All of those from the front that the budget has room for, and of the first in any case."""
-    sizes, is_first = dict.fromkeys(left, 0), True
-    for seq, size in left.items():
-        if size > budget and not is_first:
-            break
-        is_first = False
-        sizes[seq] = size
-        budget -= size
-    return sizes

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from quantd.daemon.config import SchedulerSettings
 from quantd.daemon.errors import QueueFull
 from quantd.daemon.scheduler import admission
-from quantd.daemon.scheduler.scheduler import BATCH_STEP_SECONDS
+from quantd.daemon.scheduler.division import BATCH_STEP_SECONDS
 from quantd.daemon.scheduler.sequence import Phase
 from quantd.daemon.scheduler.share import BATCH_SHARE, BatchShare
 from quantd.daemon.types import StepPlan
