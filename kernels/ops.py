@@ -21,6 +21,7 @@ from quantd.kernels.cpu.linear import (
     LinearWeight,
     held_dtype,
     linear,
+    linear_route,
     native,
     onednn_problem,
     pack_linear,
@@ -240,11 +241,13 @@ def route_experts(
 
 
 def identity() -> tuple[str, ...]:
-    """What may decide the last bits of a result on this machine: the library's build and level."""
+    """What may decide the last bits of a result on this machine: the library's level and build, and
+    who multiplies bfloat16."""
     library = open_library()
+    bfloat16 = linear_route(torch.device("cpu"), torch.bfloat16)
     if not isinstance(library, Library):
-        return ("plain torch",)
-    return library.best_level, library.handle.quantd_sources().decode()
+        return "plain torch", "", bfloat16
+    return library.best_level, library.handle.quantd_sources().decode(), bfloat16
 
 
 def notes(dtype: torch.dtype | None = None, device: torch.device | None = None) -> tuple[str, ...]:
@@ -261,7 +264,7 @@ def notes(dtype: torch.dtype | None = None, device: torch.device | None = None) 
             "quantized weights are unpacked for every call. Install a C compiler, then quantd again"
         )
     problem = onednn_problem(torch.bfloat16) if dtype in (None, torch.bfloat16) else None
-    if problem is not None:
+    if problem is not None and linear_route(torch.device("cpu"), torch.bfloat16) != "pairs":
         found.append(f"bfloat16 linear layers do without oneDNN's packed weights: {problem}")
     return tuple(found)
 

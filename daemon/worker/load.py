@@ -119,6 +119,8 @@ def load_model(load: LoadModel, progress: Progress, pooling: PoolingPlan | None 
 
 
 def choose_device(name: str) -> torch.device:
+    """The device of this process's model. A GPU becomes the current one, which is where Triton
+    launches."""
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
@@ -131,6 +133,7 @@ def choose_device(name: str) -> torch.device:
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
             raise Refused(f"device = {name!r}, but this machine has {count} CUDA devices")
+        torch.cuda.set_device(device.index or 0)
     return device
 
 

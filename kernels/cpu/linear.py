@@ -83,7 +83,7 @@ def pack_linear(weight: torch.Tensor, dtype: torch.dtype | None = None) -> Linea
     most is held twice."""
     n, k = weight.shape
     dtype = dtype or weight.dtype
-    route = _route(weight.device, dtype)
+    route = linear_route(weight.device, dtype)
     data = weight = weight.to(held_dtype(weight.dtype, dtype, weight.device))
     if route == "onednn":
         data = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
@@ -98,7 +98,7 @@ def pack_linear(weight: torch.Tensor, dtype: torch.dtype | None = None) -> Linea
 def held_dtype(weight: torch.dtype, activations: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which pack_linear holds a weight that comes in the dtype `weight`."""
     narrower = activations == torch.float32 and weight in DTYPES
-    return weight if narrower and _route(device, activations) == "native" else activations
+    return weight if narrower and linear_route(device, activations) == "native" else activations
 
 
 def unpack_linear(w: LinearWeight) -> torch.Tensor:
@@ -145,7 +145,8 @@ def _onednn_pointwise(
     return out
 
 
-def _route(device: torch.device, dtype: torch.dtype) -> str:
+def linear_route(device: torch.device, dtype: torch.dtype) -> str:
+    """Which route pack_linear takes for activations of this dtype."""
     if device.type != "cpu" or dtype not in DTYPES:
         return "torch"
     lib = native()

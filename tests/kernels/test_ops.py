@@ -87,10 +87,17 @@ def test_notes_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ops.notes() == ()
     monkeypatch.setattr(ops, "open_library", lambda: "no such file")
     monkeypatch.setattr(ops, "onednn_problem", lambda _: "no such operation")
+    monkeypatch.setattr(ops, "linear_route", lambda *_: "torch")
     first, second = ops.notes()
     assert "no such file" in first and "no such operation" in second
     assert ops.notes(torch.bfloat16) == (first, second)
     assert ops.notes(torch.float32) == (first,), "what it has no use for is not said"
+    monkeypatch.setattr(ops, "linear_route", lambda *_: "pairs")
+    assert ops.notes(torch.bfloat16) == (first,), "nor what nothing goes through"
+
+
+def test_the_identity_tells_who_multiplies_bfloat16() -> None:
+    assert ops.identity()[-1] == ops.pack_linear(torch.randn(32, 32).bfloat16()).route
 
 
 def test_a_library_older_than_its_sources_is_not_opened(

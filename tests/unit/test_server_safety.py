@@ -864,5 +864,5 @@ async def test_streams_say_nothing_that_the_schema_does_not() -> None:
         event = json.loads(events[-2].split("data: ")[1])
         assert "prompt_filter_results" in event and _described(event, MessageDelta)
         async with served.session.post("/api/chat", json={**body, "model": "tiny"}) as response:
-            *_, line_ = [json.loads(line) async for line in response.content]
-        assert "prompt_filter_results" in line_ and _described(line_, ChatAnswer)
+            *_, last = [json.loads(line) async for line in response.content]
+        assert "prompt_filter_results" in last and _described(last, ChatAnswer)
