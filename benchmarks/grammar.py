@@ -1,6 +1,7 @@
 """What grammars cost: tokens of 100 streams with 100 schemas beside the same without, and a mask.
 
 python benchmarks/grammar.py --json results/grammar.json
+python benchmarks/grammar.py --model models/S --rounds 2    # another checkpoint
 """
 
 from __future__ import annotations
@@ -148,6 +149,7 @@ def masks(table: TokenTable) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--model", default="embedded:demo", help="a folder or a file")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     text = TextModel.load(_DEMO)
@@ -159,7 +161,7 @@ def main() -> None:
         "tokens": TOKENS,
     }
     record["mask"] = [masks(text.token_table()), masks(large_table(text))]
-    with idle.Daemon(preload=True) as daemon:
+    with idle.Daemon(preload=True, model=arguments.model) as daemon:
         daemon.wait_for("/ready")
         url = f"http://127.0.0.1:{daemon.port}"
         for temperature in (0.0, 1.0):

@@ -27,14 +27,14 @@ _ADDRESS = re.compile(rb"http://127\.0\.0\.1:(\d+)")
 
 
 class Daemon:
-    """`quantd serve` with the embedded model, loaded or not, as a process; a context."""
+    """`quantd serve` with the embedded model or another, loaded or not, as a process; a context."""
 
-    def __init__(self, preload: bool) -> None:
+    def __init__(self, preload: bool, model: str = "embedded:demo") -> None:
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
         self._log = folder / "log"
-        model = f'[models.demo]\npath = "embedded:demo"\npreload = {str(preload).lower()}\n'
-        (folder / "config.toml").write_text(model)
+        table = f'[models.demo]\npath = "{model}"\npreload = {str(preload).lower()}\n'
+        (folder / "config.toml").write_text(table)
         self._command = [sys.executable, "-m", "quantd.daemon", "serve"]
         self._command += ["--config", str(folder / "config.toml"), "--port", "0"]
         self._command += [
