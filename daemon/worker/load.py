@@ -109,6 +109,7 @@ def load_model(load: LoadModel, progress: Progress, pooling: PoolingPlan | None 
             *ops.notes(dtype, device),
             *registry.warnings,
             *notes(source, tensors.linears.values(), choices.linears),
+            *pools.notes,
             *_pool_notes(pools, max_context),
             *(() if pooling is None else pooling.notes),
         ),

@@ -1,7 +1,9 @@
 """The KV tensors of a model: one pool of keys and one of values for each layer.
 
-A pool is [num_blocks, kv_heads, 16, head_dim]. On a CPU it is reserved address space: the system
-gives a page when a block is first written, so a pool costs what was used of it, not its size.
+A pool is [blocks, kv_heads, 16, head_dim]. It is reserved address space, and costs what was used of
+it, not its size. On a CPU the system gives a page when a block is first written; on a CUDA device
+`gpu/reserved.py` puts memory under blocks before they are used, or has all of it from the start
+where the driver cannot.
 """
 
 from __future__ import annotations
@@ -10,13 +12,15 @@ import ctypes
 import math
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from quantd.daemon.types import BLOCK_TOKENS
+from quantd.daemon.types import BLOCK_TOKENS, StepPlan
+from quantd.daemon.worker.gpu.driver import OUT_OF_MEMORY, DriverError, open_driver
+from quantd.daemon.worker.gpu.reserved import ReservedPools
 from quantd.daemon.worker.machine import MAP_NORESERVE, available_memory, total_memory
 from quantd.daemon.worker.models.config import ModelConfig
 from quantd.kernels import ops
@@ -26,21 +30,31 @@ _DEFAULT_SEQUENCES = 8
 _DEFAULT_SHARE = 4
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)  # which would read memory that is not there
 class KvPools:
     keys: tuple[Tensor, ...]
     """One per layer."""
     values: tuple[Tensor, ...]
     num_blocks: int
-    """The budget; the tensors have room for `max_blocks`."""
+    """The budget; ids are below `max_blocks`."""
     block_bytes: int
     """Of one block over all layers, keys and values."""
     windowed: tuple[int, ...] = ()
     """The layers in which a row sees only the last tokens."""
+    reserved: ReservedPools | None = None
+    """Who owns the tensors' memory, where it is not there from the start."""
+    notes: tuple[str, ...] = ()
+    """For the user."""
 
     @property
     def max_blocks(self) -> int:
-        return self.keys[0].shape[0]
+        return self.waste_block if self.reserved is None else self.reserved.num_blocks
+
+    @property
+    def waste_block(self) -> int:
+        """A block that is nobody's and can always be written to, in every layer; what is read
+        there means nothing. The tensors' last one, and no part of any budget."""
+        return self.keys[0].shape[0] - 1
 
     @property
     def window_share(self) -> float:
@@ -61,9 +75,25 @@ class KvPools:
         """Copies one whole block, in every layer."""
         ops.copy_blocks((*self.keys, *self.values), ((src, dst),))
 
+    def ensure(self, num_blocks: int) -> None:
+        """To be called before the blocks below `num_blocks` are used, and again after a `release`.
+        MemoryError, and nothing has changed, when the device has not enough memory. Not while a
+        graph is being recorded."""
+        if self.reserved is not None:
+            self.reserved.ensure(num_blocks)
+
+    def ensure_blocks(self, blocks: Iterable[int]) -> None:
+        """As `ensure`, for these alone: what was released below them stays released."""
+        if self.reserved is not None:
+            self.reserved.ensure_blocks(blocks)
+
     def release(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Gives back the pages that lie wholly in these half-open ranges of blocks, whose bytes
-        are undefined then. On a CUDA device the pool stays as it is."""
+        """Gives back the memory that lies wholly in these half-open ranges of blocks, whose bytes
+        are undefined then. On a CUDA device it waits for all that was given to the device, and
+        the blocks may not be used before the next `ensure`."""
+        if self.reserved is not None:
+            self.reserved.release(ranges)
+            return
         if self.keys[0].device.type != "cpu":
             return
         page = mmap.PAGESIZE
@@ -74,6 +104,15 @@ class KvPools:
                 last = (tensor.data_ptr() + stop * step) // page * page
                 if last > first:
                     _madvise(first, last - first)
+
+
+def new_blocks(plan: StepPlan) -> Iterator[int]:
+    """Of all that a plan uses, those that no earlier plan need have used, and some that one has."""
+    for chunk in plan.chunks:
+        yield from chunk.blocks
+    for copy in plan.copies:
+        if copy.kind in ("cow", "fetch"):
+            yield copy.dst
 
 
 def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -131,23 +170,50 @@ def allocate(
     kv_bytes: int | None,
     max_context: int,
 ) -> KvPools:
+    """The pools of a model whose weights are loaded already."""
     bytes_per_block = block_bytes(config, dtype)
     blocks = num_blocks(kv_bytes, bytes_per_block, max_context, _available(device))
     shape = (config.num_kv_heads, BLOCK_TOKENS, config.head_dim)
+    windowed = tuple(i for i, layer in enumerate(config.layers) if layer.window is not None)
+    num_layers = len(config.layers)
+    reserved: ReservedPools | None = None
+    notes: tuple[str, ...] = ()
+    if device.type == "cuda":
+        tensors, reserved, notes = _on_cuda(device, 2 * num_layers, blocks, shape, dtype)
+    else:
+        tensors = _on_cpu(2 * num_layers, bytes_per_block, blocks, shape, dtype)
+    keys, values = tensors[:num_layers], tensors[num_layers:]
+    return KvPools(keys, values, blocks, bytes_per_block, windowed, reserved, notes)
+
+
+def _on_cuda(
+    device: torch.device, num_pools: int, blocks: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], ReservedPools | None, tuple[str, ...]]:
+    """(the pools, who owns their memory, notes)."""
+    try:
+        reserved = ReservedPools(open_driver(device), device, num_pools, blocks, shape, dtype)
+        return reserved.tensors, reserved, ()
+    except DriverError as error:
+        if error.status == OUT_OF_MEMORY:
+            raise MemoryError(f"no memory for the KV pools: {error}") from None
+        note = f"the KV pools take all of their memory at once and keep it: {error}"
+    room = (blocks + 1, *shape)
+    tensors = tuple(torch.empty(room, dtype=dtype, device=device) for _ in range(num_pools))
+    return tensors, None, (note,)
+
+
+def _on_cpu(
+    num_pools: int, bytes_per_block: int, blocks: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """With room for all of the machine's memory, where the system hands out so many addresses."""
 
     def pools(room: int) -> tuple[Tensor, ...]:
-        if device.type == "cpu":
-            return tuple(_reserve((room, *shape), dtype) for _ in config.layers)
-        return tuple(torch.empty(room, *shape, dtype=dtype, device=device) for _ in config.layers)
+        return tuple(_reserve((room + 1, *shape), dtype) for _ in range(num_pools))
 
-    room = blocks
-    if device.type == "cpu":
-        room = max(blocks, total_memory() // bytes_per_block)
-    windowed = tuple(i for i, layer in enumerate(config.layers) if layer.window is not None)
     try:
-        return KvPools(pools(room), pools(room), blocks, bytes_per_block, windowed)
-    except OSError:  # a system that does not hand out address space beyond its memory
-        return KvPools(pools(blocks), pools(blocks), blocks, bytes_per_block, windowed)
+        return pools(max(blocks, total_memory() // bytes_per_block))
+    except OSError:
+        return pools(blocks)
 
 
 def _reserve(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -35,6 +35,7 @@ from quantd.daemon.worker.grammar import CPU_OWN_SECONDS, Constraint, Grammars
 from quantd.daemon.worker.host import HostPool
 from quantd.daemon.worker.load import Model, load_model
 from quantd.daemon.worker.loader import Progress
+from quantd.daemon.worker.memory import new_blocks
 from quantd.daemon.worker.pooling import PoolingPlan
 from quantd.daemon.worker.sampler import Sampler, SampleRow
 from quantd.kernels import ops
@@ -160,6 +161,7 @@ class Runner:
             self._sequences[new.seq] = _Sequence(new, self._grammars.open(new))
         for rebind in plan.rebinds:
             self._sequences[rebind.seq].blocks[rebind.index] = rebind.block
+        self._model.pools.ensure_blocks(new_blocks(plan))
         copying = time.perf_counter()
         for copy in plan.copies:
             self._copy(copy)

@@ -92,7 +92,8 @@ def test_pools_cost_what_is_used(config: ModelConfig) -> None:
     pools = allocate(config, torch.bfloat16, torch.device("cpu"), GIB // 4, 4096)
     assert pools.num_blocks * pools.block_bytes == GIB // 4
     assert len(pools.keys) == len(pools.values) == 2
-    assert pools.keys[0].shape == (pools.max_blocks, 4, 16, 64)
+    assert pools.keys[0].shape == (pools.waste_block + 1, 4, 16, 64)
+    assert pools.max_blocks == pools.waste_block, "which is nobody's"
     assert pools.max_blocks >= pools.num_blocks
     assert resident_bytes() - before < GIB // 64
     for pool in (*pools.keys, *pools.values):
