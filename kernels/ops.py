@@ -75,6 +75,7 @@ __all__ = [
     "route_experts",
     "sample_rows",
     "set_num_threads",
+    "token_logprobs",
     "unpack_grouped",
     "unpack_linear",
     "write_kv",
@@ -200,6 +201,15 @@ def sample_rows(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor,
     """A token for each row of logits [n, V], a view or not -> (int64 [n], the highest logits fp32
     [n]); see `reference.sample_rows`. On a GPU nothing waits for it."""
     return _other(reference.sample_rows, logits)(logits, rows)
+
+
+def token_logprobs(
+    logits: torch.Tensor, tokens: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each row of logits [m, V], a view or not: the log-probability of its token fp32 [m], the
+    ids int64 and log-probabilities fp32 [m, min(k, V)] of the k highest, in order. On a GPU nothing
+    waits for it."""
+    return reference.token_logprobs(logits, tokens, k)
 
 
 def layer_norm(

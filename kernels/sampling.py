@@ -36,8 +36,11 @@ class SamplingRows:
     """fp32 [n]: the penalty for each time that a token was put out; 0: off."""
     presence: torch.Tensor
     """fp32 [n]: the penalty of a token that was put out; 0: off."""
-    mask: torch.Tensor | None
-    """int32 [n, ceil(V / 32)]: bit i % 32 of word i // 32 is set where token i may be chosen."""
+    mask: torch.Tensor
+    """int32 [masks, ceil(V / 32)]: bit i % 32 of word i // 32 is set where token i may be chosen.
+    There may be none."""
+    mask_row: torch.Tensor
+    """int32 [n]: the row of `mask` that holds for it; negative: all may be chosen."""
     edit_start: torch.Tensor
     """int32 [n + 1]: the edits of row r are [edit_start[r], edit_start[r + 1])."""
     edit_token: torch.Tensor

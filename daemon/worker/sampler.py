@@ -23,7 +23,7 @@ from quantd.daemon.types import Sampled, SamplingParams, TokenLogprob
 from quantd.kernels import ops
 from quantd.kernels.reference import sampling as spec
 
-_GREEDY_BELOW = 1e-5
+GREEDY_BELOW = 1e-5
 """A lower temperature is greedy, as in vLLM: float32 logits divided by it may overflow."""
 
 _LOGPROB_ROWS = 16
@@ -46,7 +46,7 @@ _ALL_MASKED = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class SampleRow:
     """What one row of logits belongs to. `tokens` is prompt and output so far; it is only read."""
 
@@ -91,15 +91,15 @@ class Sampler:
         # equals and let NaN win, so the highest value says whether the row is finite.
         highest, ids = logits.max(-1)
         tokens: list[int] = ids.tolist()
-        errors: dict[int, str] = {
-            i: _NOT_FINITE.format(value=value)
+        errors = {
+            i: not_finite(rows[i].seq, value)
             for i, value in enumerate(highest.tolist())
             if not math.isfinite(value)
         }
         special = [
             i
             for i, row in enumerate(rows)
-            if i not in errors and (i in masks or not _is_argmax(row.sampling))
+            if i not in errors and (i in masks or not is_argmax(row.sampling))
         ]
         if special:
             raw = logits if len(special) == len(rows) else logits[special]
@@ -108,11 +108,11 @@ class Sampler:
             chosen = _sample_special(work, [rows[i] for i in special])
             for i, token in zip(special, chosen, strict=True):
                 if token is None:
-                    errors[i] = _ALL_MASKED
+                    errors[i] = all_masked(rows[i].seq)
                 else:
                     tokens[i] = token
         return [
-            Sampled(row.seq, 0, error=errors[i], is_excluded=errors[i] is _ALL_MASKED)
+            errors[i]
             if i in errors
             else Sampled(row.seq, tokens[i], self._logprob(logits[i], tokens[i], row.sampling))
             for i, row in enumerate(rows)
@@ -135,6 +135,48 @@ class Sampler:
         if params.logprobs is None:
             return None
         return _token_logprobs(logits[None].float(), [token], params.logprobs)[0]
+
+
+def not_finite(seq: int, highest: float) -> Sampled:
+    """In the place of a token, where the highest logit is no finite number."""
+    return Sampled(seq, 0, error=_NOT_FINITE.format(value=highest))
+
+
+def all_masked(seq: int) -> Sampled:
+    """In the place of a token, where none may be chosen."""
+    return Sampled(seq, 0, error=_ALL_MASKED, is_excluded=True)
+
+
+def is_argmax(params: SamplingParams) -> bool:
+    """The highest logit is chosen as it came, but for a grammar's mask."""
+    return params.temperature < GREEDY_BELOW and not is_edited(params)
+
+
+def is_edited(params: SamplingParams) -> bool:
+    """Logits may be changed before one is chosen."""
+    return bool(
+        params.allowed_token_ids is not None
+        or params.bad_words
+        or params.min_tokens
+        or params.logit_bias
+        or params.repetition_penalty != 1
+        or params.frequency_penalty
+        or params.presence_penalty
+    )
+
+
+def masked_tokens(row: SampleRow, vocab_size: int) -> list[int]:
+    """Tokens that may not come now: the last ones of the bad words that the output is about to
+    complete, and stop tokens before min_tokens. May repeat."""
+    masked = []
+    for *before, last in row.sampling.bad_words:
+        start = len(row.tokens) - len(before)
+        if start >= row.num_prompt_tokens and row.tokens[start:] == before:
+            masked.append(last)
+    if row.num_output_tokens < row.sampling.min_tokens:
+        # A stop token beyond the vocabulary cannot come, so it needs no mask.
+        masked += [token for token in row.sampling.stop_token_ids if token < vocab_size]
+    return masked
 
 
 def _apply_masks(work: Tensor, masks: Sequence[Bits | None]) -> None:
@@ -163,18 +205,6 @@ def _unpacked(bits: Bits, work: Tensor) -> Tensor:
     return (spread & 1).flatten(1)[:, :num_tokens]
 
 
-def _is_argmax(params: SamplingParams) -> bool:
-    return params.temperature < _GREEDY_BELOW and not (
-        params.allowed_token_ids is not None
-        or params.bad_words
-        or params.min_tokens
-        or params.logit_bias
-        or params.repetition_penalty != 1
-        or params.frequency_penalty
-        or params.presence_penalty
-    )
-
-
 def _sample_special(work: Tensor, rows: Sequence[SampleRow]) -> list[int | None]:
     """Tokens for rows that are not plain argmax; None where everything is masked.
 
@@ -190,7 +220,7 @@ def _sample_special(work: Tensor, rows: Sequence[SampleRow]) -> list[int | None]
     drawn = [
         i
         for i, row in enumerate(rows)
-        if tokens[i] is not None and row.sampling.temperature >= _GREEDY_BELOW
+        if tokens[i] is not None and row.sampling.temperature >= GREEDY_BELOW
     ]
     if not drawn:
         return tokens
@@ -237,11 +267,9 @@ def _adjust(logits: Tensor, row: SampleRow) -> None:
 
     if params.allowed_token_ids is not None:
         spec.keep_only(logits, ids(params.allowed_token_ids))
-    if params.bad_words:
-        spec.mask_tokens(logits, ids(_bad_tokens(row)))
-    if row.num_output_tokens < params.min_tokens:
-        # A stop token beyond the vocabulary cannot come, so it needs no mask.
-        spec.mask_tokens(logits, ids(t for t in params.stop_token_ids if t < len(logits)))
+    masked = masked_tokens(row, len(logits))
+    if masked:
+        spec.mask_tokens(logits, ids(masked))
     if params.logit_bias:
         biased, bias = zip(*params.logit_bias, strict=True)
         spec.add_bias(logits, ids(biased), logits.new_tensor(bias))
@@ -256,16 +284,6 @@ def _adjust(logits: Tensor, row: SampleRow) -> None:
             params.frequency_penalty,
             params.presence_penalty,
         )
-
-
-def _bad_tokens(row: SampleRow) -> list[int]:
-    """Last tokens of the bad words that the output is about to complete."""
-    bad = []
-    for *before, last in row.sampling.bad_words:
-        start = len(row.tokens) - len(before)
-        if start >= row.num_prompt_tokens and row.tokens[start:] == before:
-            bad.append(last)
-    return bad
 
 
 def _token_logprobs(rows: Tensor, tokens: Sequence[int], k: int) -> list[TokenLogprob]:

@@ -6,6 +6,7 @@ from quantd.kernels.reference.cache import copy_blocks, rotary_write_kv, write_k
 from quantd.kernels.reference.encoder import activate, encoder_attention, layer_norm
 from quantd.kernels.reference.grouped import dequantize_grouped, quantize_rows
 from quantd.kernels.reference.linear import linear
+from quantd.kernels.reference.logprobs import token_logprobs
 from quantd.kernels.reference.norm import add_rms_norm, rms_norm
 from quantd.kernels.reference.rotary import rotary
 from quantd.kernels.reference.routing import route_experts
@@ -28,5 +29,6 @@ __all__ = [
     "rotary_write_kv",
     "route_experts",
     "sample_rows",
+    "token_logprobs",
     "write_kv",
 ]

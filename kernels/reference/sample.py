@@ -36,9 +36,10 @@ def _sample(row: torch.Tensor, rows: SamplingRows, r: int) -> int:
 
 def _edit(row: torch.Tensor, rows: SamplingRows, r: int) -> None:
     """Masks, bias and penalties; in place."""
-    if rows.mask is not None:
+    mask_row = int(rows.mask_row[r])
+    if mask_row >= 0:
         token = torch.arange(len(row), device=row.device)
-        allowed = rows.mask[r][token // 32] >> (token % 32) & 1
+        allowed = rows.mask[mask_row][token // 32] >> (token % 32) & 1
         sampling.keep_allowed(row[None], allowed[None].to(torch.uint8))
     start, stop = int(rows.edit_start[r]), int(rows.edit_start[r + 1])
     ids, flags = rows.edit_token[start:stop].long(), rows.edit_flags[start:stop]

@@ -179,9 +179,10 @@ def choose(z: Tensor, u: Tensor) -> Tensor:
 
 
 def top_tokens(row: Tensor, k: int) -> Tensor:
-    """Ids (int64) of the min(k, V) highest of row [V], highest first, ties by ascending id."""
+    """Ids (int64) of the min(k, V) highest of row [V], highest first, NaN above all, ties by
+    ascending id."""
     k = min(k, row.numel())
     if k == 0:
         return torch.empty(0, dtype=torch.int64, device=row.device)
-    ids = (row >= row.topk(k).values[-1]).nonzero().squeeze(-1)
+    ids = (~(row < row.topk(k).values[-1])).nonzero().squeeze(-1)
     return ids[_descending(row[ids])[:k]]

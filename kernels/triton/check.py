@@ -184,7 +184,7 @@ def _sampling(g: torch.Generator, dtype: torch.dtype) -> Iterable[tuple[Any, ...
     count, vocabulary = 6, 100
     off = torch.zeros(count)
     edits = torch.arange(count + 1) * 2
-    mask = torch.randint(-(2**31), 2**31 - 1, (count, 4), generator=g).int() | 1
+    mask = torch.randint(-(2**31), 2**31 - 1, (4, 4), generator=g).int() | 1
     rows = SamplingRows(
         seed=torch.arange(count) * 1_000_003 - 5,
         position=torch.arange(count) + 2**33,
@@ -196,6 +196,7 @@ def _sampling(g: torch.Generator, dtype: torch.dtype) -> Iterable[tuple[Any, ...
         frequency=off + 0.3,
         presence=off + 0.1,
         mask=mask,
+        mask_row=torch.tensor([1, 0, 2, 3, -1, 1]).int(),
         edit_start=edits.int(),
         edit_token=torch.arange(2 * count).int(),
         edit_bias=torch.ones(2 * count),

@@ -77,14 +77,13 @@ def _highest(row, vocabulary, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _copy_masked(logits, work, mask, vocabulary, CHUNK: tl.constexpr):
+def _copy_masked(logits, work, mask, is_masked, vocabulary, CHUNK: tl.constexpr):
     for start in range(0, vocabulary, CHUNK):
         at = start + tl.arange(0, CHUNK)
         inside = at < vocabulary
         value = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
-        if mask is not None:
-            allowed = (tl.load(mask + at // 32, mask=inside, other=0) >> (at % 32)) & 1
-            value = tl.where(allowed != 0, value, float("-inf"))
+        word = tl.load(mask + at // 32, mask=inside & is_masked, other=-1)
+        value = tl.where(((word >> (at % 32)) & 1) != 0, value, float("-inf"))
         tl.store(work + at, value, mask=inside)
 
 
@@ -210,7 +209,7 @@ def _choose(work, vocabulary, most, last, target, CHUNK: tl.constexpr):
     return tl.where(found < vocabulary, found, likely)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["mask_words"])
 def sample_kernel(
     logits,  # [n, vocabulary], rows row_stride apart
     seeds,
@@ -223,6 +222,7 @@ def sample_kernel(
     frequencies,
     presences,
     mask,
+    mask_rows,
     edit_start,
     edit_token,
     edit_bias,
@@ -247,15 +247,13 @@ def sample_kernel(
     temperature = tl.load(temperatures + r)
     first = tl.load(edit_start + r)
     stop = tl.load(edit_start + r + 1)
-    if mask is None:
-        if (temperature == 0.0) & (first == stop):
-            tl.store(tokens + r, token)
-            return
-        allowed = mask
-    else:
-        allowed = mask + r * mask_words
+    mask_row = tl.load(mask_rows + r).to(tl.int64)
+    if (temperature == 0.0) & (first == stop) & (mask_row < 0):
+        tl.store(tokens + r, token)
+        return
+    mask += mask_row * mask_words
     work += r * vocabulary
-    _copy_masked(row, work, allowed, vocabulary, CHUNK)
+    _copy_masked(row, work, mask, mask_row >= 0, vocabulary, CHUNK)
     # After each of these barriers threads read what others have written.
     tl.debug_barrier()
     _edit(
@@ -336,6 +334,7 @@ def sample_rows(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor,
         rows.frequency,
         rows.presence,
         rows.mask,
+        rows.mask_row,
         rows.edit_start,
         rows.edit_token,
         rows.edit_bias,
@@ -346,38 +345,36 @@ def sample_rows(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor,
         highest,
         logits.stride(0),
         vocabulary,
-        0 if rows.mask is None else rows.mask.shape[1],
+        rows.mask.shape[1],
         CHUNK=_CHUNK,
         num_warps=_WARPS,
     )
     return tokens, highest
 
 
-def _variant(dtype: str, masked: bool) -> Variant:
+def _variant(dtype: str) -> Variant:
     signature = {"logits": f"*{dtype}", "work": "*fp32", "tokens": "*i64", "highest": "*fp32"}
     signature |= dict.fromkeys(("seeds", "positions"), "*i64")
     signature |= dict.fromkeys(("temperatures", "cuts", "repetitions", "frequencies"), "*fp32")
     signature |= {"presences": "*fp32", "top_ks": "*i32", "top_ps": "*fp64"}
-    signature |= dict.fromkeys(("edit_start", "edit_token", "edit_flags"), "*i32")
+    signature |= dict.fromkeys(
+        ("mask", "mask_rows", "edit_start", "edit_token", "edit_flags"), "*i32"
+    )
     signature |= dict.fromkeys(("edit_bias", "edit_count"), "*fp32")
     signature |= dict.fromkeys(("row_stride", "vocabulary", "mask_words"), "i32")
-    constants: dict[str, object] = {"CHUNK": _CHUNK}
-    if masked:
-        signature["mask"] = "*i32"
-    else:
-        constants["mask"] = None
     return Variant(
-        f"sample {dtype}{' masked' * masked}",
+        f"sample {dtype}",
         sample_kernel,
         signature,
-        constants,
+        {"CHUNK": _CHUNK},
         num_warps=_WARPS,
         aligned=("logits", "work", "row_stride", "vocabulary"),
     )
 
 
 VARIANTS = (
-    *(_variant(dtype, masked) for dtype in ("bf16", "fp32") for masked in (False, True)),
+    _variant("bf16"),
+    _variant("fp32"),
     Variant(
         "philox",
         uniform_kernel,

@@ -65,6 +65,7 @@ def _batch(rows: list[SampleRow], mask: torch.Tensor) -> SamplingRows:
         frequency=torch.tensor([p.frequency_penalty for p in params]),
         presence=torch.tensor([p.presence_penalty for p in params]),
         mask=mask,
+        mask_row=torch.arange(len(rows)).int(),
         edit_start=torch.tensor([0, *(len(row) for row in edits)]).cumsum(0).int(),
         edit_token=token.int(),
         edit_bias=bias.float(),

@@ -37,7 +37,8 @@ def plain(count: int, temperature: float = 1.0) -> SamplingRows:
         repetition=of(1),
         frequency=of(0),
         presence=of(0),
-        mask=None,
+        mask=torch.zeros(0, 1, dtype=torch.int32),
+        mask_row=torch.full((count,), -1, dtype=torch.int32),
         edit_start=torch.zeros(count + 1, dtype=torch.int32),
         edit_token=none.int(),
         edit_bias=none,
@@ -73,7 +74,7 @@ def masked(rows: SamplingRows, vocabulary: int, share: float) -> SamplingRows:
     allowed = torch.rand(len(rows.seed), words, 32) < share
     allowed[:, 0, 0] = True
     bits = (allowed.long() << torch.arange(32)).sum(-1)
-    return replace(rows, mask=bits.to(torch.int32))
+    return replace(rows, mask=bits.to(torch.int32), mask_row=torch.arange(len(bits)).int())
 
 
 def assert_same(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
@@ -252,7 +253,8 @@ def test_a_row_that_is_not_finite_is_said_so_and_the_others_are_not_touched(bad:
 
 
 def test_a_row_without_an_allowed_token() -> None:
-    rows = replace(plain(2), mask=torch.tensor([[0, 0], [0, 4]]).int())
+    mask = torch.tensor([[0, 4], [0, 0]]).int()
+    rows = replace(plain(2), mask=mask, mask_row=torch.tensor([1, 0]).int())
     for temperature in (0.0, 1.0):
         rows = replace(rows, temperature=torch.full((2,), temperature))
         assert assert_same(torch.randn(2, 40), rows).tolist() == [ALL_MASKED, 34]
