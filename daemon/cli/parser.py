@@ -33,6 +33,7 @@ def new_parser() -> Parser:
     _add_inspect(commands)
     _add_eval(commands)
     _add_bench(commands)
+    _add_check(commands)
     _add_check_config(commands)
     _add_install_service(commands)
     completion = _add(commands, "completion", "completion", "print a shell's completion script")
@@ -194,6 +195,18 @@ def _add_some(parser: Parser, names: tuple[str, ...], side: str = "") -> None:
             metavar=_metavar(name, known[name]),
             help=(f"of {side.upper()}: " if side else "") + texts[name].replace("%", "%%"),
         )
+
+
+def _add_check(commands: Any) -> None:
+    check = _add(commands, "check", "check", "show what is broken or slow on this machine, and why")
+    check.description = (
+        "Shows versions, processor, memory, GPUs, which kernels give right numbers here, and the "
+        "rates that memory and arithmetic reach; then what is broken or slow, and what to do. The "
+        "status is 1 if something is broken. The configuration is for check-config to show."
+    )
+    check.add_argument("--quick", action="store_true", help="time nothing")
+    check.add_argument("--json", action="store_true", help="as JSON")
+    _add_some(check, ("device", "threads"))
 
 
 def _add_check_config(commands: Any) -> None:

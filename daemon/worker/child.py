@@ -12,8 +12,6 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from quantd.plugins.api import Refused
-
 Send = Callable[[dict[str, Any]], None]
 Work = Callable[[dict[str, Any], Send], dict[str, Any]]
 
@@ -35,10 +33,17 @@ def main(work: Work) -> NoReturn:
     try:
         result = work(request, lambda progress: write("progress", progress))
         write("result", result)
-    except (Refused, MemoryError) as error:
-        write("error", str(error) or "out of memory")
     except BrokenPipeError:
         os._exit(1)  # who asked has left
+    except MemoryError as error:
+        write("error", str(error) or "out of memory")
+    except Exception as error:
+        # Imported here: torch comes with it, and `check` has to say why it does not.
+        from quantd.plugins.api import Refused
+
+        if not isinstance(error, Refused):
+            raise
+        write("error", str(error))
     sys.stderr.flush()
     # Taking down an interpreter with a model in it takes seconds, and the kernel frees all as well.
     os._exit(0)

@@ -3,7 +3,7 @@
 import ctypes
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,29 +36,41 @@ class Roofline:
 
 
 def measure_roofline() -> Roofline:
+    threads = torch.get_num_threads()
+    (read,) = read_rates((threads,))
     library = open_library()
-    if isinstance(library, Library):
-        return _by_library(library)
-    # Without the library: what torch itself reaches.
-    data = torch.zeros(_READ_MEGABYTES << 18)
-    a = torch.ones(1024, 1024)
-    product = seconds(lambda: F.linear(a, a), 0.3)
-    return Roofline(data.nbytes / seconds(data.sum, 0.3), 2 * 1024**3 / product, None)
-
-
-def _by_library(library: Library) -> Roofline:
+    if not isinstance(library, Library):
+        # Without the library: what torch itself reaches.
+        a = torch.ones(1024, 1024)
+        return Roofline(read, 2 * 1024**3 / seconds(lambda: F.linear(a, a), 0.3), None)
     peak = getattr(library.handle, f"quantd_peak_{library.best_level}")
     peak.argtypes, peak.restype = (ctypes.c_int, ctypes.c_int, ctypes.c_int64), ctypes.c_int64
-    read = getattr(library.handle, f"quantd_read_{library.best_level}")
-    read.argtypes, read.restype = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int64), ctypes.c_int
-    threads = torch.get_num_threads()
-    data = torch.zeros(_READ_MEGABYTES << 18)
-    bandwidth = data.nbytes / seconds(lambda: read(threads, data.data_ptr(), _READ_MEGABYTES), 0.3)
     rates = []
     for integers in (0, 1):
         run = partial(peak, threads, integers, _PEAK_TASKS)
         rates.append(run() / seconds(run, 0.3))
-    return Roofline(bandwidth, rates[0], rates[1] or None)
+    return Roofline(read, rates[0], rates[1] or None)
+
+
+def read_rates(threads: Sequence[int]) -> list[float]:
+    """Bytes per second from memory with each of these numbers of threads."""
+    data = torch.zeros(_READ_MEGABYTES << 18)
+    library = open_library()
+    if not isinstance(library, Library):
+        return [data.nbytes / _sum_seconds(data, n) for n in threads]
+    read = getattr(library.handle, f"quantd_read_{library.best_level}")
+    read.argtypes, read.restype = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int64), ctypes.c_int
+    calls = (partial(read, n, data.data_ptr(), _READ_MEGABYTES) for n in threads)
+    return [data.nbytes / seconds(call, 0.3) for call in calls]
+
+
+def _sum_seconds(data: torch.Tensor, threads: int) -> float:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return seconds(data.sum, 0.3)
+    finally:
+        torch.set_num_threads(before)
 
 
 def seconds(call: Callable[[], object], budget: float) -> float:

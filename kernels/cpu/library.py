@@ -9,6 +9,14 @@ from pathlib import Path
 LEVELS = ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16")
 """Instruction sets the library knows, ascending; the numbers that quantd_best_level gives."""
 
+NEEDS = {
+    "avx2": ("avx2", "fma", "f16c"),
+    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    "avx512vnni": ("avx512_vnni",),
+    "avx512bf16": ("avx512_bf16",),
+}
+"""What a level needs beyond the one below, in Linux's names: to say why it was not taken."""
+
 
 @dataclass(frozen=True, slots=True)
 class Library:
@@ -21,7 +29,7 @@ class Library:
 def open_library() -> Library | str:
     """The library, or the reason why there is none. Opened once per process."""
     here = Path(__file__).parent
-    path = next((p for p in (here / "_native.so", here / "_native.dylib") if p.exists()), None)
+    path = library_file()
     if path is None:
         return "it was not built (a C compiler was missing at installation)"
     try:
@@ -35,6 +43,12 @@ def open_library() -> Library | str:
     except (OSError, AttributeError) as error:
         return f"{path.name} cannot be opened: {error}"
     return Library(handle, best)
+
+
+def library_file() -> Path | None:
+    """None: it was not built."""
+    here = Path(__file__).parent
+    return next((p for p in (here / "_native.so", here / "_native.dylib") if p.exists()), None)
 
 
 def _source_digest(folder: Path) -> str:
