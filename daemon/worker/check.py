@@ -24,7 +24,7 @@ def check(request: dict[str, Any], send: child.Send) -> Report:
     send({"stage": "torch"})
     try:
         import torch
-    except (ImportError, OSError, RuntimeError) as error:
+    except Exception as error:  # whatever a mixed installation can raise
         return {"torch": {"problem": " ".join(f"{type(error).__name__}: {error}".split())}}
     from quantd.kernels import ops
 
@@ -36,6 +36,7 @@ def check(request: dict[str, Any], send: child.Send) -> Report:
             "hip": getattr(torch.version, "hip", None),
         }
     }
+    send({"stage": "the native library"})
     ops.set_num_threads(request["threads"] or physical_cores())
     report["threads"] = ops.num_threads()
     report["library"] = _library()
@@ -55,8 +56,8 @@ def _library() -> Report:
     """The library's level, and what each better one lacks here."""
     from quantd.kernels.cpu.library import LEVELS, NEEDS, Library, library_file, open_library
 
-    library = open_library()
-    report: Report = {"built": library_file() is not None, "problem": None, "level": None}
+    library, file = open_library(), library_file()
+    report: Report = {"file": None if file is None else str(file), "problem": None, "level": None}
     if not isinstance(library, Library):
         return report | {"problem": library, "better": []}
     have = processor.flags()

@@ -94,7 +94,7 @@ def test_completion_for_bash() -> None:
     script = succeeds("completion", "bash")
     asked = "COMP_WORDS=(quantd check); COMP_CWORD=1; _quantd; echo ${COMPREPLY[@]}"
     done = subprocess.run(["bash", "-c", f"{script}\n{asked}"], capture_output=True, text=True)
-    assert (done.stdout.split(), done.stderr) == (["check-config"], "")
+    assert (done.stdout.split(), done.stderr) == (["check", "check-config"], "")
 
 
 # --- a running daemon ------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from quantd.daemon.machine import nvidia
 def tool(**changes: Any) -> dict[str, Any]:
     """What the tool says where all is well."""
     kernel = {"operation": "linear", "dtype": "float32", "route": "native", "problem": None}
-    library = {"built": True, "problem": None, "level": "avx512bf16", "better": []}
+    library = {"file": "/x/_native.so", "problem": None, "level": "avx512bf16", "better": []}
     rates = {
         "read_one_gb_s": 21.0,
         "read_gb_s": 60.0,
@@ -113,7 +113,7 @@ def test_a_machine_on_which_all_is_well(tmp_path: Path) -> None:
 
 def test_a_container(tmp_path: Path) -> None:
     lacks = {"level": "avx512", "lacks": ["avx512f", "avx512bw"]}
-    library = {"built": True, "problem": None, "level": "avx2", "better": [lacks]}
+    library = {"file": "/x/_native.so", "problem": None, "level": "avx2", "better": [lacks]}
     rates = tool()["rates"] | {"read_one_gb_s": 6.0, "read_gb_s": 6.1}
     found = find(facts(tmp_path, machines.container, tool(threads=1, library=library, rates=rates)))
     assert codes(found) == [
@@ -164,7 +164,7 @@ def test_a_torch_that_cannot_be_imported_is_broken(tmp_path: Path) -> None:
     found = facts(tmp_path, machines.workstation, {"torch": {"problem": problem}})
     (first, *_) = find(found)
     assert (first.severity, first.code) == ("broken", "torch") and problem in first.text
-    assert "does not start" in "\n".join(show(found, find(found)))
+    assert "cannot be imported" in "\n".join(show(found, find(found)))
 
 
 def test_a_tool_that_dies_leaves_the_rest_of_the_report(tmp_path: Path) -> None:
@@ -182,16 +182,16 @@ def test_a_tool_that_dies_leaves_the_rest_of_the_report(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("built", "problem", "severity"),
+    ("file", "problem", "severity"),
     [
-        (False, "it was not built (a C compiler was missing at installation)", "slow"),
-        (True, "_native.so cannot be opened: no such symbol", "broken"),
+        (None, "it was not built (a C compiler was missing at installation)", "slow"),
+        ("/x/_native.so", "_native.so cannot be opened: no such symbol", "broken"),
     ],
 )
 def test_a_library_that_is_missing_is_slow_and_one_that_does_not_open_is_broken(
-    tmp_path: Path, built: bool, problem: str, severity: str
+    tmp_path: Path, file: str | None, problem: str, severity: str
 ) -> None:
-    library = {"built": built, "problem": problem, "level": None, "better": []}
+    library = {"file": file, "problem": problem, "level": None, "better": []}
     notes = [f"native CPU library not used ({problem}): …", "something else"]
     said = tool(gpus=[gpu()], library=library, notes=notes)
     found = find(facts(tmp_path, machines.workstation, said))
@@ -203,7 +203,7 @@ def test_a_library_that_is_missing_is_slow_and_one_that_does_not_open_is_broken(
 
 def test_a_level_that_the_library_lacks_is_its_builds_fault(tmp_path: Path) -> None:
     better = [{"level": "avx512bf16", "lacks": []}]
-    library = {"built": True, "problem": None, "level": "avx512vnni", "better": better}
+    library = {"file": "/x/_native.so", "problem": None, "level": "avx512vnni", "better": better}
     found = find(facts(tmp_path, machines.workstation, tool(gpus=[gpu()], library=library)))
     assert "was built so" in about(found, "instructions").text
     arm = facts(tmp_path / "arm", machines.workstation, tool(gpus=[gpu()], library=library))
@@ -218,6 +218,7 @@ def test_a_wrong_kernel_is_broken(tmp_path: Path) -> None:
     found = find(facts(tmp_path, machines.workstation, said))
     assert codes(found)[:2] == [("broken", "kernel")] * 2
     assert "linear in float16 (native, on the processor) is wrong" in found[0].text
+    assert "move /x/_native.so away" in found[0].todo
     assert "GPU 0, bfloat16: rotary" in found[1].text
 
 
@@ -296,6 +297,13 @@ def test_a_cuda_build_without_a_card_is_nothing_to_speak_of(tmp_path: Path) -> N
     assert "gpu" not in {finding.code for finding in find(found)}
     asked = find(replace(found, device="cuda:0"))
     assert about(asked, "gpu").severity == "broken"
+    assert "cuda:0 cannot be used: Found no NVIDIA driver" in about(asked, "gpu").text
+
+
+def test_who_asks_for_a_gpu_that_cannot_be_used_is_told_that_and_why(tmp_path: Path) -> None:
+    said = tool(torch=CPU_BUILD, gpu_problem="Torch not compiled with CUDA enabled")
+    found = find(facts(tmp_path, machines.workstation, said, device="cuda:0"))
+    assert codes(found)[:2] == [("broken", "gpu"), ("slow", "torch_build")]
 
 
 def test_who_asks_for_the_processor_is_not_told_of_cards(tmp_path: Path) -> None:

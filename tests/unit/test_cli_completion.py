@@ -15,7 +15,7 @@ COMMANDS = list(read(new_parser()))
 
 def test_the_parser_is_read_in_full() -> None:
     by_name = {command.name: command for command in COMMANDS}
-    expected = {"serve", "run", "ps", "load", "bench", "check-config", "completion"}
+    expected = {"serve", "run", "ps", "load", "bench", "check", "check-config", "completion"}
     assert expected <= {*by_name}
     flags = {name: option for option in by_name["serve"].options for name in option.names}
     assert flags["--policy"].choices == ("fcfs", "priority", "sjf")
@@ -32,6 +32,7 @@ def test_the_parser_is_read_in_full() -> None:
         (["serve", "--policy", ""], {"fcfs", "priority", "sjf"}),
         (["completion", "z"], {"zsh"}),
         (["ps", "--js"], {"--json"}),
+        (["check", "--qu"], {"--quick"}),
     ],
 )
 def test_bash_completes(words: list[str], expected: set[str]) -> None:

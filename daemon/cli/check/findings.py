@@ -65,7 +65,7 @@ def _library(facts: Facts) -> Iterator[Finding]:
     if library is None:
         return
     if library["problem"] is not None:
-        severity: Severity = "broken" if library["built"] else "slow"
+        severity: Severity = "slow" if library["file"] is None else "broken"
         text = (
             f"the native CPU library is not used: {library['problem']}. Operations run in plain "
             "torch, and quantized weights are unpacked for every call"
@@ -105,8 +105,10 @@ def _kernels(facts: Facts) -> Iterator[Finding]:
                 f"{outcome['operation']} in {outcome['dtype']} ({outcome['route']}, on the "
                 f"processor) {outcome['problem']}"
             )
-            todo = "report it with this output; until then move kernels/cpu/_native.so away"
-            yield Finding("broken", "kernel", text, todo)
+            file = facts.tool["library"]["file"]
+            ours = outcome["route"] in ("native", "pairs")
+            todo = f", and move {file} away until then" if ours else ""
+            yield Finding("broken", "kernel", text, f"report it with this output{todo}")
     for gpu in facts.tool.get("gpus", ()):
         for dtype in gpu["kernels"]:
             for problem in dtype["problems"]:
@@ -186,14 +188,17 @@ def _cards(facts: Facts) -> Iterator[Finding]:
         return
     torch = facts.tool.get("torch", {})
     problem = facts.tool.get("gpu_problem")
+    if problem is not None and facts.device != "auto":
+        yield Finding("broken", "gpu", f"{facts.device} cannot be used: {problem}", "")
+        problem = None
     nvidia = [card for card in facts.cards if card.vendor == "NVIDIA"]
     amd = [card for card in facts.cards if card.vendor == "AMD"]
     if nvidia:
         yield from _unused_nvidia(facts, nvidia[0], torch, problem)
     elif amd:
         yield from _unused_amd(facts, amd[0], torch, problem)
-    elif problem is not None and (facts.device != "auto" or facts.drivers["NVIDIA"] is not None):
-        # The usual build of torch is made for GPUs, and says so on every machine without one.
+    elif problem is not None and facts.drivers["NVIDIA"] is not None:
+        # Without a driver: the usual build of torch says so on every machine that has no GPU.
         yield Finding("broken", "gpu", f"no GPU can be used: {problem}", _update(problem))
     if "Intel" in facts.vendors():
         text = "an Intel GPU is here and not used: quantd has no kernels for it"

@@ -58,7 +58,8 @@ def _software(facts: Facts) -> Iterator[tuple[str, str]]:
             build = f"for CUDA {torch['cuda']}"
         yield "torch", f"{torch['version']}, {build}"
     else:
-        yield "torch", f"{packages['torch'] or 'missing'}, does not start"
+        problem = ", cannot be imported" if packages["torch"] and torch else ""
+        yield "torch", f"{packages['torch'] or 'missing'}{problem}"
     drivers = [f"{vendor} driver {version}" for vendor, version in facts.drivers.items() if version]
     libc = f"glibc {facts.glibc}" if facts.glibc else "not glibc"
     yield "system", ", ".join([facts.kernel, libc, *drivers])
@@ -89,7 +90,7 @@ def _machine(facts: Facts) -> Iterator[tuple[str, str]]:
 
 def _level(library: dict[str, Any]) -> str:
     if library["problem"] is not None:
-        return "no library" if not library["built"] else "the library is not used"
+        return "no library" if library["file"] is None else "the library is not used"
     if not library["better"]:
         return f"{library['level']}, the best that the library has"
     return f"{library['level']}, not {library['better'][0]['level']}"
