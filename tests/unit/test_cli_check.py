@@ -156,6 +156,37 @@ def test_powersave_is_no_finding_where_the_driver_follows_the_load(
     assert ("slow", "governor") in codes(find(replace(found, processor=saving)))
 
 
+def test_what_is_measured_on_a_busy_machine_is_not_judged(tmp_path: Path) -> None:
+    rates = tool()["rates"] | {"read_one_gb_s": 5.0, "read_gb_s": 5.0}
+    found = facts(tmp_path, machines.workstation, tool(gpus=[gpu()], rates=rates))
+    assert about(find(found), "memory_rate").severity == "slow"
+    busy = find(replace(found, processor=replace(found.processor, load=17.5)))
+    assert "a load of 17.5 on 16 processors" in about(busy, "busy").text
+    assert "memory_rate" not in {finding.code for finding in busy}
+
+
+def test_threads_that_read_no_faster_than_one(tmp_path: Path) -> None:
+    rates = tool()["rates"] | {"read_one_gb_s": 30.0, "read_gb_s": 31.0}
+    found = facts(tmp_path, machines.workstation, tool(gpus=[gpu()], rates=rates))
+    assert "8 threads read memory no faster than one" in about(find(found), "memory_rate").text
+    few = replace(found, tool=found.tool | {"threads": 2})
+    assert "memory_rate" not in {finding.code for finding in find(few)}
+
+
+def test_heat_of_the_processor_nodes_of_memory_and_a_full_disk(tmp_path: Path) -> None:
+    def make(root: Path) -> None:
+        machines.workstation(root)
+        count = "sys/devices/system/cpu/cpu3/thermal_throttle/core_throttle_count"
+        write(root, {count: "12", "sys/devices/system/node/node1/cpulist": "8-15"})
+
+    found = facts(tmp_path, make, tool(gpus=[gpu()]))
+    assert found.disk is not None
+    found = replace(found, disk=replace(found.disk, free=GIB))
+    assert "by heat 12 times" in about(find(found), "cpu_heat").text
+    assert "memory has 2 nodes" in about(find(found), "numa").text
+    assert "1.0 GiB are free at" in about(find(found), "disk").text
+
+
 # --- torch, the library, the kernels ---------------------------------------------------------
 
 
@@ -401,6 +432,9 @@ def test_json_has_status_and_findings(
     assert report["status"] in ("ok", "slow")
     assert {"versions", "processor", "memory", "cards", "torch", "kernels"} <= report.keys()
     assert report["versions"]["quantd"] and report["rates"] is None
+    documented = (Path(__file__).parents[2] / "docs/cli.md").read_text()
+    keys = {*report, *report["processor"], *report["torch"], *Finding.__slots__}
+    assert {key for key in keys if f"`{key}`" not in documented} == set()
 
 
 def test_a_wrong_configuration_is_one_of_the_findings(
