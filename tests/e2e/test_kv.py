@@ -156,6 +156,26 @@ def test_the_disk_tier_survives_a_restart(serve: Callable[..., Daemon], tmp_path
     assert "not what its name says" in second.log.read_text()
 
 
+def test_those_who_come_together_after_a_restart_share_what_is_read(
+    serve: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    arguments = ["--dtype", "float32", "--threads", "1", "--host-kv-bytes", "32MiB"]
+    arguments += ["--disk-kv-path", str(tmp_path / "kv")]
+    first = serve("demo", *arguments)
+    ask(first, PROMPTS[0], 1)
+    first.wait(lambda: state(first)["kv"]["disk_cached"] >= 12)
+    first.stop(signal.SIGTERM)
+    second = serve("demo", *arguments)
+    prompts = [[*PROMPTS[0][:192], *range(20 + i, 30 + i)] for i in range(4)]
+    answers = together(second, [body(prompt, 20) for prompt in prompts])
+    cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
+    assert cached == [192] * 4
+    assert state(second)["kv"]["moved_blocks"]["in_disk"] == 12
+    alone = serve("demo", "--dtype", "float32", "--threads", "1", "--prefix-cache", "false")
+    expected = [ask(alone, prompt, 20)[0] for prompt in prompts]
+    assert [answer["choices"][0]["token_ids"] for answer in answers] == expected
+
+
 @pytest.fixture(params=["full", "no folder"])
 def failing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, str]]:
     """(a place for files of blocks, why writing there fails)"""

@@ -147,3 +147,92 @@ def test_a_slow_disk_is_waited_for_only_so_long() -> None:
     loop.run()
     assert loop.reasons() == {seq.id: "length"}
     loop.check_outputs()
+
+
+def restarted(num_places: int = 32) -> StepLoop:
+    """The files of 192 tokens of PROMPT are there; the tree knows nothing."""
+    source = StepLoop(tables=make_tables(24, num_places=32, disk_files=64))
+    source.add(0, 2, prompt=PROMPT[:193])
+    source.run()
+    source.save()
+    loop = StepLoop(tables=make_tables(64, num_places=num_places, disk_files=64))
+    loop.kv.disk.open(source.worker.files, 1)  # type: ignore[union-attr]
+    loop.worker.files = dict(source.worker.files)
+    return loop
+
+
+def num_computed(loop: StepLoop) -> int:
+    return sum(chunk.stop - chunk.start for plan in loop.plans for chunk in plan.chunks)
+
+
+def test_those_that_share_a_beginning_share_its_reading() -> None:
+    loop = restarted()
+    seqs = [loop.add(0, 1, prompt=[*PROMPT[:160], i, i, i]) for i in range(4)]
+    assert all(seq in loop.scheduler._fetching for seq in seqs)
+    loop.begin()
+    loop.kv.check()
+    loop.end()
+    loop.run()
+    loop.check_outputs()
+    assert [seq.num_cached_tokens for seq in seqs] == [160] * 4
+    assert loop.kv.num_moved["in", "disk"] == 10
+    assert num_computed(loop) == 4 * 3
+
+
+def test_who_goes_on_behind_what_another_reads_reads_the_rest() -> None:
+    loop = restarted()
+    short = loop.add(0, 1, prompt=PROMPT[:100])
+    long = loop.add(0, 1, prompt=PROMPT[:193])
+    other = loop.add(0, 1, prompt=[*PROMPT[:32], *PROMPT[100:150]])
+    loop.run()
+    loop.check_outputs()
+    assert [seq.num_cached_tokens for seq in (short, long, other)] == [96, 192, 32]
+    assert loop.kv.num_moved["in", "disk"] == 12
+
+
+def test_who_shares_a_reading_gets_it_though_the_first_one_left() -> None:
+    loop = restarted()
+    first, second = (loop.add(0, 1, prompt=PROMPT[:100]) for _ in range(2))
+    loop.scheduler.abort(first.id)
+    loop.scheduler.check()
+    loop.run()
+    loop.check_outputs()
+    assert (second.num_cached_tokens, loop.kv.num_moved["in", "disk"]) == (96, 6)
+
+
+def test_a_shared_file_that_is_gone_costs_no_answer() -> None:
+    loop = restarted()
+    gone = list(loop.worker.files)[3]
+    del loop.worker.files[gone]
+    seqs = [loop.add(0, 1, prompt=PROMPT[:num]) for num in (100, 193)]
+    loop.run()
+    loop.check_outputs()
+    assert loop.reasons() == {seq.id: "length" for seq in seqs}
+    assert loop.kv.reads.places() == set()
+    loop.kv.check()
+
+
+def test_a_shared_reading_waits_for_its_own_blocks_alone() -> None:
+    """The first one reads on for long; who shares only its beginning does not wait for that."""
+    loop = restarted()
+    loop.add(0, 1, prompt=PROMPT[:193])
+    second = loop.add(0, 1, prompt=[*PROMPT[:32], *PROMPT[100:150]])
+    loop.begin()
+    done = loop.worker.disk_done
+    done, loop.worker.disk_done = done[:2], done[2:]
+    assert len(loop.worker.disk_done) == 10
+    for item in done:
+        loop.scheduler.disk_done(item)
+    assert second not in loop.scheduler._fetching
+    loop.end()
+    loop.run()
+    loop.check_outputs()
+
+
+def test_with_few_places_all_the_same_everybody_gets_an_answer() -> None:
+    loop = restarted(num_places=8)
+    seqs = [loop.add(0, 1, prompt=PROMPT[:num]) for num in (193, 193, 100)]
+    loop.run()
+    loop.check_outputs()
+    assert loop.reasons() == {seq.id: "length" for seq in seqs}
+    loop.kv.check()
