@@ -24,19 +24,24 @@ import chart
 import machine
 import replay
 import traces
+from ideal import least_left_first
 from peers import RunningPeer
 from simulator import Job, Outcome, Run, StepCost, percentile, simulate
 
 from quantd.daemon.config import SchedulerSettings
 
 POLICIES = ("fcfs", "priority", "sjf")
+KNOWN = "sjf, known"
+"""sjf that is told how long each output will be: what better estimates could bring."""
+IDEAL = "least left"
+"""`ideal.least_left_first`, which knows no aging."""
 LOADS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 OVERLOAD = 1.2
 """Load of the trial of priorities: the batch is always full."""
 VALIDATION = (("poisson", 0.5), ("bursts", 0.5), ("poisson", 0.8))
 """Traces and loads. The nearer to 1, the more a small error of the fit counts in every queue."""
 HEADER = (
-    f"{'trace':10} {'aging':>6} {'policy':9} {'ttft':>8} {'p99':>8} {'latency':>8} {'p99':>8} "
+    f"{'trace':10} {'aging':>6} {'policy':10} {'ttft':>8} {'p99':>8} {'latency':>8} {'p99':>8} "
     f"{'longest wait':>12} {'aged':>5}"
 )
 
@@ -76,21 +81,28 @@ class Trial:
         return traces.make(trace, seed, a.count, load, self._cost, a.max_running)
 
     def _run(self, jobs: Sequence[Job], policy: str, aging: float) -> Run:
-        return simulate(jobs, settings_of(self._arguments, policy, aging), self._cost)
+        settings = settings_of(self._arguments, policy.split(",")[0], aging)
+        return simulate(jobs, settings, self._cost, lengths_known=policy == KNOWN)
+
+    def _outcomes(self, jobs: Sequence[Job], policy: str, aging: float) -> Sequence[Outcome]:
+        if policy == IDEAL:
+            return least_left_first(jobs, settings_of(self._arguments, "fcfs", aging), self._cost)
+        return self._run(jobs, policy, aging).outcomes
 
     def measure(self, trace: str, policy: str, load: float, aging: float) -> dict[str, float]:
         """The outcomes of all seeds together."""
         outcomes: list[Outcome] = []
         for seed in range(self._arguments.seeds):
-            outcomes += self._run(self._jobs(trace, seed, load), policy, aging).outcomes
+            outcomes += self._outcomes(self._jobs(trace, seed, load), policy, aging)
         return summary(outcomes)
 
     def table(self) -> list[dict[str, Any]]:
-        """Every trace under every policy at one load. fcfs knows no aging."""
+        """Every trace under every policy at one load."""
         rows: list[dict[str, Any]] = []
         for trace in traces.TRACES:
             for i, aging in enumerate(self._arguments.aging):
-                for policy in POLICIES if i == 0 else POLICIES[1:]:
+                without_aging = ("fcfs", IDEAL) if i == 0 else ()
+                for policy in (*without_aging, "priority", "sjf", KNOWN):
                     result = self.measure(trace, policy, self._arguments.load, aging)
                     rows.append({"trace": trace, "policy": policy, "aging": aging, **result})
                     print(_row(rows[-1]), flush=True)
@@ -132,30 +144,26 @@ class Trial:
 
 def _row(row: dict[str, Any]) -> str:
     return (
-        f"{row['trace']:10} {row['aging']:6g} {row['policy']:9} {row['ttft_mean']:8.2f} "
+        f"{row['trace']:10} {row['aging']:6g} {row['policy']:10} {row['ttft_mean']:8.2f} "
         f"{row['ttft_p99']:8.2f} {row['latency_mean']:8.2f} {row['latency_p99']:8.2f} "
         f"{row['longest_wait']:12.2f} {row['aged']:5}"
     )
 
 
 def against_fcfs(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What sjf saves of fcfs's mean latency, and whether its longest wait is in bounds: whoever is
-    overdue stands in order of arrival, so it waits aging_seconds and then at most as under fcfs."""
+    """What each order by work saves of fcfs's mean latency, and whether its longest wait is in
+    bounds: whoever is overdue stands in order of arrival, so it waits aging_seconds and then at
+    most as under fcfs."""
     found = []
     for row in rows:
-        if row["policy"] != "sjf":
+        if row["policy"] not in ("sjf", KNOWN, IDEAL):
             continue
         [base] = [r for r in rows if r["policy"] == "fcfs" and r["trace"] == row["trace"]]
-        bound = row["aging"] + base["longest_wait"]
-        found.append(
-            {
-                "trace": row["trace"],
-                "aging": row["aging"],
-                "saved": 1 - row["latency_mean"] / base["latency_mean"],
-                "longest_wait": row["longest_wait"],
-                "bound": bound,
-            }
-        )
+        entry = {name: row[name] for name in ("trace", "policy", "aging", "longest_wait")}
+        entry["saved"] = 1 - row["latency_mean"] / base["latency_mean"]
+        if row["policy"] != IDEAL:
+            entry["bound"] = row["aging"] + base["longest_wait"]
+        found.append(entry)
     return found
 
 
@@ -208,8 +216,9 @@ def simulated(arguments: argparse.Namespace) -> dict[str, Any]:
     record["sjf"] = against_fcfs(record["rows"])
     for row in record["sjf"]:
         print(
-            f"sjf, {row['trace']}, aging {row['aging']:g}: {row['saved']:.1%} less mean latency "
-            f"than fcfs; longest wait {row['longest_wait']:.1f}, bound {row['bound']:.1f}"
+            f"{row['policy']}; {row['trace']}, aging {row['aging']:g}: {row['saved']:.1%} less "
+            f"mean latency than fcfs; longest wait {row['longest_wait']:.1f}, "
+            f"bound {row.get('bound', 'none')}"
         )
     record["priority"] = trial.priority()
     print("priority at load", OVERLOAD, {k: round(v, 2) for k, v in record["priority"].items()})

@@ -12,10 +12,13 @@ import math
 from collections import deque
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from unittest import mock
 
 from quantd.daemon.config import SchedulerSettings
 from quantd.daemon.kv.cache import KvCache
 from quantd.daemon.kv.pool import BlockPool
+from quantd.daemon.scheduler import policy
+from quantd.daemon.scheduler.predict import OutputPredictor
 from quantd.daemon.scheduler.scheduler import Scheduler
 from quantd.daemon.scheduler.sequence import Sequence
 from quantd.daemon.scheduler.tables import BlockTables
@@ -139,9 +142,22 @@ def simulate(
     *,
     num_blocks: int = 1 << 14,
     max_context: int = 1 << 20,
+    lengths_known: bool = False,
 ) -> Run:
-    """Every job to its end. A job that the pool can never hold is an AssertionError."""
-    return _Simulation(jobs, settings, cost, num_blocks, max_context).run()
+    """Every job to its end. A job that the pool can never hold is an AssertionError.
+    lengths_known: the policy's estimates of outputs are exact."""
+    predictor = (lambda: _Known(jobs)) if lengths_known else OutputPredictor
+    with mock.patch.object(policy, "OutputPredictor", predictor):
+        return _Simulation(jobs, settings, cost, num_blocks, max_context).run()
+
+
+class _Known(OutputPredictor):
+    def __init__(self, jobs: Many[Job]) -> None:
+        super().__init__()
+        self._jobs = jobs
+
+    def output_tokens(self, seq: Sequence) -> float:
+        return self._jobs[seq.id].output
 
 
 class _Simulation:

@@ -14,6 +14,10 @@ from quantd.daemon.scheduler.sequence import Sequence
 
 Key = tuple[float, ...]
 
+MUCH_LESS = 4
+"""How many times less work one must have who displaces, since work is a guess; and the part of what
+the other has computed that is taken for lost."""
+
 
 class Policy(Protocol):
     aged_share: float
@@ -30,12 +34,13 @@ class Policy(Protocol):
     def keep_key(self, seq: Sequence) -> Key:
         """Running sequences get blocks in this order and lose them in the reverse one.
 
-        It must not depend on progress: an order that changes while sequences run would let two of
-        them preempt each other for ever.
+        It is fixed while they run: an order that changes with progress would let two of them
+        preempt each other for ever.
         """
 
     def displaces(self, waiting: Sequence, running: Sequence) -> bool:
-        """May `waiting` take the place of `running`? Must be a strict order: equals never."""
+        """May `waiting` take the place of `running`? Must be a strict order: equals never, and who
+        was displaced does not displace in turn. Of equal ranks, the caller has not had more."""
 
     def finished(self, seq: Sequence) -> None:
         """A sequence has ended by itself; a chance to learn."""
@@ -63,7 +68,11 @@ class Fcfs:
 
 
 class Sjf(Fcfs):
-    """Least predicted work first; running sequences keep their place in order of arrival."""
+    """Least predicted work first, by what was left when it joined the queue or the batch.
+
+    Whoever waits with much less takes the place of one with more. Only the running one's work gets
+    less meanwhile, so the two cannot change places again and again.
+    """
 
     aged_share = 1.0
 
@@ -72,6 +81,14 @@ class Sjf(Fcfs):
 
     def start_key(self, seq: Sequence) -> Key:
         return (self._predictor.work_left(seq), seq.request.arrival, seq.id)
+
+    def keep_key(self, seq: Sequence) -> Key:
+        return self.start_key(seq)
+
+    def displaces(self, waiting: Sequence, running: Sequence) -> bool:
+        left = self._predictor.work_left
+        own = running.num_computed_tokens - running.num_cached_tokens
+        return left(waiting) * MUCH_LESS + own / MUCH_LESS < left(running)
 
     def finished(self, seq: Sequence) -> None:
         self._predictor.observe(seq)

@@ -33,12 +33,13 @@ class OutputPredictor:
         return min(mean.value, max_tokens) if mean.count else max_tokens
 
     def work_left(self, seq: Sequence) -> float:
-        """Tokens still to compute: those that no block was known for when it joined the queue, and
-        the output yet to come.
+        """Tokens still to compute: those that no block was known for when it joined the queue and
+        that it has not computed since, and the output yet to come.
 
         A sequence that has outlived its estimate is predicted to end with its next token.
         """
-        uncomputed = len(seq.tokens) - seq.num_known_blocks * BLOCK_TOKENS
+        known = max(seq.num_computed_tokens, seq.num_known_blocks * BLOCK_TOKENS)
+        uncomputed = len(seq.tokens) - known
         return uncomputed + max(1.0, self.output_tokens(seq) - seq.num_output_tokens)
 
 

@@ -384,7 +384,14 @@ class Scheduler:
             return False
         if seq.request.is_batch != victim.request.is_batch:
             return victim.request.is_batch
+        if self._policy.rank(seq) == self._policy.rank(victim) and self._had_more(seq, victim):
+            return False
         return self._policy.displaces(seq, victim)
+
+    def _had_more(self, seq: Sequence, other: Sequence) -> bool:
+        """Its caller has had more than the other's."""
+        used = self._queue(seq).shares.used
+        return used(seq.request.caller) > used(other.request.caller)
 
     def _fits(self, seq: Sequence, match: Match, room: int, num_running: int) -> bool:
         needed = self._tables.needed(seq, match)
@@ -426,10 +433,11 @@ class Scheduler:
         if seq.started_at is None:
             seq.started_at = now
             self._pace.started(now)
+        seq.keep_key = self._policy.keep_key(seq)
         insort(self._running, seq, key=self._keep_key)
 
     def _keep_key(self, seq: Sequence) -> Key:
-        return (not seq.aged, seq.request.is_batch, *self._policy.keep_key(seq))
+        return (not seq.aged, seq.request.is_batch, *seq.keep_key)
 
     def _left(self, seq: Sequence) -> int:
         """Tokens it has to compute; 0 as well if it is certain to end with a token in flight."""

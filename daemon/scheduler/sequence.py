@@ -56,6 +56,7 @@ class Sequence:
         "root",
         "node",
         "stay",
+        "keep_key",
         "num_cached_tokens",
         "num_known_blocks",
         "phase",
@@ -99,6 +100,8 @@ class Sequence:
         """The deepest node of the tree that its blocks belong to."""
         self.stay = 0
         """Which of its stays in the batch this is; what earlier ones sampled is dropped."""
+        self.keep_key: tuple[float, ...] = ()
+        """`Policy.keep_key` at the start of its stay."""
         self.num_cached_tokens = 0
         """Prompt tokens that it did not have to compute in its first stay."""
         self.num_known_blocks = 0

@@ -10,6 +10,7 @@ from fakes import StepLoop
 
 from quantd.daemon.config import SchedulerSettings
 from quantd.daemon.scheduler.sequence import Phase, Sequence
+from quantd.daemon.types import BLOCK_TOKENS
 
 
 def settings(policy: str, **fields: object) -> SchedulerSettings:
@@ -50,6 +51,73 @@ def test_sjf_learns_how_long_a_callers_outputs_are() -> None:
     terse = loop.add(20, max_tokens=100, caller="terse")
     loop.run()
     assert start_order(loop)[-2:] == [terse.id, verbose.id]
+
+
+def test_under_sjf_whoever_has_much_less_left_takes_the_place_of_who_has_most() -> None:
+    loop = StepLoop(num_blocks=200, settings=settings("sjf", max_running=2, token_budget=40))
+    long = [loop.add(num, max_tokens=40) for num in (600, 400)]
+    loop.step()
+    near = loop.add(160, max_tokens=20)  # more than a quarter of what both have left
+    loop.step()
+    assert near.phase is Phase.WAITING
+    short = loop.add(10, max_tokens=10)
+    loop.step()
+    assert [seq.phase for seq in long] == [Phase.WAITING, Phase.RUNNING]
+    assert short.phase is Phase.RUNNING
+    loop.run()
+    loop.check_outputs()
+    assert [seq.num_preemptions for seq in (*long, near, short)] == [1, 0, 0, 0]
+    computed = sum(c.stop - c.start for plan in loop.plans for c in plan.chunks)
+    once = 600 + 400 + 160 + 10 + 39 + 39 + 19 + 9
+    assert once <= computed < once + BLOCK_TOKENS  # all but a block that was not full
+
+
+def test_under_sjf_what_is_nearly_done_keeps_its_place() -> None:
+    loop = StepLoop(num_blocks=200, settings=settings("sjf", max_running=1))
+    long = loop.add(600, max_tokens=40)
+    loop.step()
+    assert long.num_computed_tokens == 256
+    while long.num_computed_tokens < 600:
+        loop.step()
+    loop.add(10, max_tokens=5)
+    loop.run()
+    assert long.num_preemptions == 0
+    loop.check_outputs()
+
+
+@pytest.mark.parametrize(("caller", "num_preemptions"), [("busy", 0), ("new", 1)])
+def test_under_sjf_nobody_displaces_a_caller_who_has_had_less(
+    caller: str, num_preemptions: int
+) -> None:
+    loop = StepLoop(num_blocks=200, settings=settings("sjf", max_running=1))
+    other = loop.add(800, max_tokens=1, caller="other")
+    for num in (300, 900):
+        loop.add(num, max_tokens=1, caller="busy")
+    while other.num_computed_tokens < 256:
+        loop.step()
+    loop.add(5, max_tokens=2, caller=caller)
+    loop.step()
+    assert other.num_preemptions == num_preemptions
+    loop.run()
+    loop.check_outputs()
+
+
+def test_under_sjf_age_ends_that_a_long_one_is_displaced() -> None:
+    loop = StepLoop(
+        num_blocks=400, settings=settings("sjf", max_running=1, aging_seconds=10, token_budget=20)
+    )
+    long = loop.add(2000, max_tokens=1)
+    seen = []
+    for i in range(90):
+        loop.step()
+        loop.clock.advance(1)
+        if i % 3 == 0:
+            loop.add(5, max_tokens=1)
+        seen.append(long.num_preemptions)
+    assert long.aged and seen[-1] > 1
+    assert seen[-30:] == [seen[-1]] * 30
+    loop.run()
+    loop.check_outputs()
 
 
 LONG_PROMPT = 32_000

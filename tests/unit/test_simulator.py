@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import traces
+from ideal import least_left_first
 from simulator import Job, StepCost, Work, percentile, simulate
 
 from quantd.daemon.config import SchedulerSettings
@@ -68,6 +69,41 @@ def test_shortest_first_lets_the_short_one_pass() -> None:
         ends[policy] = [outcome.arrival + outcome.latency for outcome in run.outcomes]
     assert ends["fcfs"] == pytest.approx([2, 23, 25])
     assert ends["sjf"] == pytest.approx([2, 25, 4])
+
+
+def test_who_is_told_the_lengths_is_not_misled_by_what_callers_ask_for() -> None:
+    # A first step takes 1.1 s; meanwhile a long answer that is asked for as a short one waits, and
+    # the other way round.
+    first = Job(0.0, (5,), 1, 1)
+    jobs = [first, Job(0.1, (6,), 40, 50), Job(0.2, (7,), 2, 100)]
+    settings = SchedulerSettings(policy="sjf", max_running=1, overlap=False)
+    for known, shorter in ((False, 1), (True, 2)):
+        run = simulate(jobs, settings, COST, lengths_known=known)
+        assert min((1, 2), key=lambda i: run.outcomes[i].waited) == shorter
+
+
+def test_least_left_first_interrupts_at_no_cost() -> None:
+    settings = SchedulerSettings(max_running=1)
+    cost = StepCost(step=0.0, prefill_token=0.1, decode=0.5, attended=0.0)
+    long = Job(0.0, tuple(range(3, 23)), 1, 1, fresh=20)
+    short = Job(0.4, (100, 101), 3, 3, fresh=2)
+    # Steps of 0.5 s: five tokens of the long prompt, then the short one's two, which bring its
+    # first token, and its two decodes of 0.5 s; then the other fifteen in three steps.
+    first, second = least_left_first([long, short], settings, cost)
+    assert (second.ttft, second.latency) == pytest.approx((0.3, 1.3))
+    assert (first.ttft, first.latency) == pytest.approx((3.2, 3.2))
+    assert first.waited == pytest.approx(1.2)
+
+
+def test_least_left_first_knows_what_turns_share() -> None:
+    first = Job(0.0, tuple(range(3, 35)), 1, 1, fresh=32)
+    turn = Job(3.0, (*first.prompt, 50), 2, 2, after=0, fresh=1)
+    cost = StepCost(step=1.0, prefill_token=0.1, decode=0.5, attended=0.0)
+    outcomes = least_left_first([first, turn], SchedulerSettings(), cost)
+    # 32 tokens in steps of five: seven steps.
+    assert outcomes[0].latency == pytest.approx(7 + 3.2)
+    assert outcomes[1].arrival == pytest.approx(13.2)
+    assert (outcomes[1].ttft, outcomes[1].latency) == pytest.approx((1.1, 2.6))
 
 
 @pytest.mark.parametrize("name", traces.TRACES)
