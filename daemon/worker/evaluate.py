@@ -51,6 +51,7 @@ class _Side:
         count, length = windows.shape
         tokens = windows.flatten().to(self.model.device)
         batch = _batch(count, length, self.model.device)
+        self.model.pools.ensure(batch.block_table.numel())
         hidden = self.model.decoder.forward(tokens, batch, length, self.model.pools, None)
         return hidden.view(count, length, -1)[:, :-1].flatten(0, 1)
 
