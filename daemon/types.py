@@ -152,6 +152,10 @@ class LoadModel(msgspec.Struct, frozen=True, tag="load"):
     """auto (as the checkpoint says) | mean | cls | last"""
     matryoshka: bool = False
     """Embeddings may be cut although the checkpoint does not say so."""
+    token_budget: int = 2048
+    """No step will have more tokens, but for a prompt that is computed whole."""
+    max_running: int = 64
+    """Nor more sequences."""
 
 
 class LoadProgress(msgspec.Struct, frozen=True, tag="progress"):

@@ -109,7 +109,9 @@ class Loader:
         """Starts the worker, and reads the tokenizer beside it. When either fails, or the caller
         is cancelled, nothing is left. Raises `Unavailable` or `ModelRefused`."""
         text = asyncio.create_task(self._load_text(model))
-        worker = asyncio.ensure_future(self.start_executor(_frame(model), on_progress))
+        worker = asyncio.ensure_future(
+            self.start_executor(_frame(model, self.scheduler), on_progress)
+        )
         try:
             # The first error counts; a missing tokenizer need not wait for 30 GB of weights.
             await asyncio.gather(worker, text)
@@ -166,7 +168,7 @@ def _cache(info: ModelInfo, model: ModelSettings, shares: bool) -> KvCache:
     return KvCache(pool, host, disk, info.block_bytes, Window(info.window, info.window_share))
 
 
-def _frame(model: ModelSettings) -> LoadModel:
+def _frame(model: ModelSettings, scheduler: SchedulerSettings) -> LoadModel:
     return LoadModel(
         name=model.name,
         path=str(model.path),
@@ -183,4 +185,6 @@ def _frame(model: ModelSettings) -> LoadModel:
         task=model.task,
         pooling=model.pooling,
         matryoshka=model.matryoshka,
+        token_budget=scheduler.token_budget,
+        max_running=scheduler.max_running,
     )

@@ -130,7 +130,8 @@ def _load(fields: dict[str, Any], name: str, length: int, send: child.Send) -> M
         done, total = progress.done_bytes, progress.total_bytes
         send({"stage": f"loading {name}", "done": done, "total": total})
 
-    load = LoadModel(name, max_context=length, **fields)
+    tokens = max(length, _BATCH_TOKENS)
+    load = LoadModel(name, max_context=length, token_budget=tokens, **fields)
     try:
         model = load_model(load, on_progress)
     except Refused as error:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from quantd.daemon.types import BLOCK_TOKENS, LoadModel, LoadProgress, ModelInfo
+from quantd.daemon.types import BLOCK_TOKENS, LoadModel, LoadProgress, ModelInfo, Pooling
 from quantd.daemon.worker.checkpoint import open_checkpoint
 from quantd.daemon.worker.dummy import DummySource
+from quantd.daemon.worker.gpu.budget import Costs, Step, fitting_blocks
 from quantd.daemon.worker.loader import (
     Progress,
     Refused,
@@ -25,6 +26,7 @@ from quantd.daemon.worker.memory import (
     allocate,
     block_bytes,
     check_kv_bytes,
+    num_blocks,
     num_host_blocks,
 )
 from quantd.daemon.worker.models.config import ModelConfig
@@ -81,13 +83,22 @@ def load_model(load: LoadModel, progress: Progress, pooling: PoolingPlan | None 
         dtype = choose_dtype(load.dtype, config.dtype or stored_dtype(source), device)
         exact = load.dtype == "float32"
         tensors = model_tensors(config, dtype, source.names(), exact, pooling is None)
+    pooled = None if pooling is None else pooling.info(config.hidden_size)
     check_kv_bytes(load.kv_bytes, config, dtype, device)
     host_blocks = num_host_blocks(load.host_kv_bytes, block_bytes(config, dtype))
     registry = Registry()
     choices = choose(config, source, tensors, device, registry, parse_rules(load.quantization))
     vocab_size = checkpoint.vocab_size(config.vocab_size)
     weights = load_weights(config, source, tensors, choices, device, progress)
-    pools = allocate(config, dtype, device, load.kv_bytes, max_context)
+    decoder = Decoder(config, weights, dtype, max_context)
+    if device.type == "cuda":
+        step = largest_step(load, max_context, pooled)
+        is_packed = any(choice.quantizer.name != "dense" for choice in choices.linears)
+        costs = Costs(config, dtype, is_packed, on_gpu=True)
+        blocks, fitted = fitting_blocks(load.kv_bytes, costs, step, weights.nbytes, decoder, device)
+    else:
+        blocks, fitted = num_blocks(load.kv_bytes, block_bytes(config, dtype), max_context), ()
+    pools = allocate(config, dtype, device, blocks)
     info = ModelInfo(
         architecture=config.architecture,
         num_parameters=weights.num_parameters,
@@ -109,14 +120,22 @@ def load_model(load: LoadModel, progress: Progress, pooling: PoolingPlan | None 
             *ops.notes(dtype, device),
             *registry.warnings,
             *notes(source, tensors.linears.values(), choices.linears),
+            *fitted,
             *pools.notes,
             *_pool_notes(pools, max_context),
             *(() if pooling is None else pooling.notes),
         ),
-        pooling=None if pooling is None else pooling.info(config.hidden_size),
+        pooling=pooled,
     )
-    decoder = Decoder(config, weights, dtype, max_context)
     return Model(decoder, config, weights, pools, device, info)
+
+
+def largest_step(load: LoadModel, max_context: int, pooling: Pooling | None) -> Step:
+    """That the scheduler may ask for."""
+    tokens = load.token_budget
+    if pooling is None:
+        return Step(tokens, min(load.max_running, tokens), max_context)
+    return Step(max(tokens, max_context) if pooling.whole else tokens, 0, max_context)
 
 
 def choose_device(name: str) -> torch.device:

@@ -120,14 +120,15 @@ def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return len(config.layers) * per_token * BLOCK_TOKENS
 
 
-def num_blocks(kv_bytes: int | None, bytes_per_block: int, max_context: int, available: int) -> int:
-    """The pool's budget in blocks.
+def num_blocks(kv_bytes: int | None, bytes_per_block: int, max_context: int) -> int:
+    """The budget on a CPU, in blocks.
 
     With `kv_bytes`, which `check_kv_bytes` has let pass, that many bytes. A MemoryError when the
     machine no longer has them.
     Without, enough for eight sequences of the full context, but no more than a quarter of what is
     available now, and at least one block.
     """
+    available = available_memory()
     if kv_bytes is not None:
         if kv_bytes > available:
             raise _unavailable(kv_bytes, available)
@@ -163,16 +164,9 @@ def _unavailable(kv_bytes: int, available: int) -> MemoryError:
     )
 
 
-def allocate(
-    config: ModelConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    kv_bytes: int | None,
-    max_context: int,
-) -> KvPools:
-    """The pools of a model whose weights are loaded already."""
+def allocate(config: ModelConfig, dtype: torch.dtype, device: torch.device, blocks: int) -> KvPools:
+    """Pools with a budget of so many blocks."""
     bytes_per_block = block_bytes(config, dtype)
-    blocks = num_blocks(kv_bytes, bytes_per_block, max_context, _available(device))
     shape = (config.num_kv_heads, BLOCK_TOKENS, config.head_dim)
     windowed = tuple(i for i, layer in enumerate(config.layers) if layer.window is not None)
     num_layers = len(config.layers)

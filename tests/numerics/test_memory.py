@@ -36,19 +36,20 @@ def config() -> ModelConfig:
     )
 
 
-def test_number_of_blocks() -> None:
+def test_number_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def blocks(kv_bytes: int | None, max_context: int, available: int) -> int:
+        monkeypatch.setattr(memory, "available_memory", lambda: available)
+        return num_blocks(kv_bytes, 1000, max_context)
+
     # What was asked for.
-    assert num_blocks(10_000, 1000, max_context=160, available=GIB) == 10
+    assert blocks(10_000, 160, GIB) == 10
     # Eight sequences of the full context, in whole blocks.
-    assert num_blocks(None, 1000, max_context=161, available=GIB) == 8 * 11
+    assert blocks(None, 161, GIB) == 8 * 11
     # No more than a quarter of what there is.
-    assert num_blocks(None, 1000, max_context=1 << 20, available=1_000_000) == 250
-    assert num_blocks(None, 1000, max_context=160, available=0) == 1
-
-
-def test_more_than_there_is_is_an_error() -> None:
+    assert blocks(None, 1 << 20, 1_000_000) == 250
+    assert blocks(None, 160, 0) == 1
     with pytest.raises(MemoryError, match="kv_bytes is 2000, more than the 1999 bytes"):
-        num_blocks(2000, 1000, max_context=160, available=1999)
+        blocks(2000, 160, 1999)
 
 
 def test_what_can_never_be_is_refused_and_what_cannot_be_now_is_an_error(
@@ -89,7 +90,8 @@ def resident_bytes() -> int:
 
 def test_pools_cost_what_is_used(config: ModelConfig) -> None:
     before = resident_bytes()
-    pools = allocate(config, torch.bfloat16, torch.device("cpu"), GIB // 4, 4096)
+    size = block_bytes(config, torch.bfloat16)
+    pools = allocate(config, torch.bfloat16, torch.device("cpu"), GIB // 4 // size)
     assert pools.num_blocks * pools.block_bytes == GIB // 4
     assert len(pools.keys) == len(pools.values) == 2
     assert pools.keys[0].shape == (pools.waste_block + 1, 4, 16, 64)
@@ -103,7 +105,7 @@ def test_pools_cost_what_is_used(config: ModelConfig) -> None:
 
 
 def test_copies_reach_every_layer(config: ModelConfig) -> None:
-    pools = allocate(config, torch.float32, torch.device("cpu"), 1 << 24, 4096)
+    pools = allocate(config, torch.float32, torch.device("cpu"), 64)
     for i, pool in enumerate((*pools.keys, *pools.values)):
         pool[1], pool[2] = float(i), -1.0
     pools.copy(1, 2)

@@ -333,8 +333,10 @@ def on_reserved(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> list[K
     made: list[KvPools] = []
     monkeypatch.setattr(memory, "open_driver", lambda device: library.driver())
 
-    def allocate(config: ModelConfig, dtype: torch.dtype, *rest: Any) -> KvPools:
-        plain = memory.allocate(config, dtype, *rest)
+    def allocate(
+        config: ModelConfig, dtype: torch.dtype, device: torch.device, blocks: int
+    ) -> KvPools:
+        plain = memory.allocate(config, dtype, device, blocks)
         layers, shape = len(config.layers), tuple(plain.keys[0].shape[1:])
         tensors, reserved, notes = memory._on_cuda(CPU, 2 * layers, plain.num_blocks, shape, dtype)
         keys, values = tensors[:layers], tensors[layers:]

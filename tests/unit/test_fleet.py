@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from fakes import FakeExecutor, ManualClock, make_request
 
-from quantd.daemon.config import ModelSettings, ServerSettings, Settings
+from quantd.daemon.config import ModelSettings, SchedulerSettings, ServerSettings, Settings
 from quantd.daemon.engine.executor import OnProgress
 from quantd.daemon.errors import ModelNotFound, ModelRefused, QuantdError, Unavailable
 from quantd.daemon.fleet import Fleet, Lease, ModelStatus, Timing
@@ -79,7 +79,12 @@ class FakeText(str):
 
 
 class Bench:
-    def __init__(self, *models: ModelSettings, any_model: bool = False) -> None:
+    def __init__(
+        self,
+        *models: ModelSettings,
+        any_model: bool = False,
+        scheduler: SchedulerSettings | None = None,
+    ) -> None:
         self.clock = ManualClock(1000.0)
         self.sleeper = Sleeper(self.clock)
         self.workers = Workers()
@@ -88,6 +93,7 @@ class Bench:
         self.changes: list[tuple[str, str]] = []
         self.settings = Settings(
             server=ServerSettings(any_model=any_model),
+            scheduler=scheduler or SchedulerSettings(),
             models={model.name: model for model in models},
         )
         self.fleet = Fleet(
@@ -131,8 +137,12 @@ def model(
 
 
 @asynccontextmanager
-async def bench(*models: ModelSettings, any_model: bool = False) -> AsyncIterator[Bench]:
-    bench = Bench(*(models or (model(),)), any_model=any_model)
+async def bench(
+    *models: ModelSettings,
+    any_model: bool = False,
+    scheduler: SchedulerSettings | None = None,
+) -> AsyncIterator[Bench]:
+    bench = Bench(*(models or (model(),)), any_model=any_model, scheduler=scheduler)
     try:
         yield bench
     finally:
@@ -182,6 +192,13 @@ async def test_a_worker_that_comes_again_gets_them_again() -> None:
 
 
 # --- names ---------------------------------------------------------------------------------------
+
+
+async def test_the_worker_knows_the_largest_step() -> None:
+    async with bench(scheduler=SchedulerSettings(max_running=3, token_budget=99)) as b:
+        await b.generate()
+        (load,) = b.workers.loads
+        assert (load.token_budget, load.max_running) == (99, 3)
 
 
 async def test_names_and_aliases() -> None:
