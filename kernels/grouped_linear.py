@@ -72,7 +72,7 @@ def pack_grouped(
         order = cpu.checked_order(order, columns)
         columns = order.numel()
     part = gpu.pack(chunks, rows, columns, order=order, per_row=per_row, device=device)
-    return _gpu_weight((part,), shape, exact, per_row)
+    return gpu_weight((part,), shape, exact, per_row)
 
 
 def join_grouped(weights: Sequence[GroupedWeight]) -> GroupedWeight:
@@ -87,7 +87,7 @@ def join_grouped(weights: Sequence[GroupedWeight]) -> GroupedWeight:
 
     parts = gpu.join([part for w in weights for part in w.gpu_parts])
     shape = (sum(w.shape[0] for w in weights), columns)
-    return _gpu_weight(parts, shape, all(w.exact for w in weights), all(w.per_row for w in weights))
+    return gpu_weight(parts, shape, all(w.exact for w in weights), all(w.per_row for w in weights))
 
 
 def unpack_grouped(w: GroupedWeight) -> torch.Tensor:
@@ -124,8 +124,9 @@ def _gpu(device: torch.device) -> ModuleType | None:
     return linear
 
 
-def _gpu_weight(
+def gpu_weight(
     parts: tuple[GpuPart, ...], shape: tuple[int, int], exact: bool, per_row: bool
 ) -> GroupedWeight:
+    """Of parts on a GPU whose rows lie one after the other."""
     nbytes = sum(part.nbytes for part in parts)
     return GroupedWeight((), None, shape, exact, per_row, GPU_ROUTE, nbytes, parts)

@@ -29,6 +29,13 @@ from quantd.kernels.cpu.linear import (
 )
 from quantd.kernels.cpu.native import DTYPES, Native
 from quantd.kernels.cpu.threads import OnCallerThread
+from quantd.kernels.experts import (
+    ExpertStack,
+    StackedExperts,
+    Weight,
+    new_expert_stack,
+    stacked_experts,
+)
 from quantd.kernels.grouped import GroupedCodes
 from quantd.kernels.grouped_linear import (
     grouped_linear,
@@ -45,9 +52,12 @@ __all__ = [
     "BLOCK_SIZE",
     "Activation",
     "AttentionBatch",
+    "ExpertStack",
     "GroupedCodes",
     "GroupedWeight",
     "LinearWeight",
+    "StackedExperts",
+    "Weight",
     "act_and_mul",
     "SamplingRows",
     "activate",
@@ -55,6 +65,7 @@ __all__ = [
     "copy_blocks",
     "dequantize_grouped",
     "encoder_attention",
+    "expert_feed_forward",
     "grouped_linear",
     "grouped_problem",
     "held_dtype",
@@ -63,6 +74,7 @@ __all__ = [
     "join_grouped",
     "layer_norm",
     "linear",
+    "new_expert_stack",
     "notes",
     "num_threads",
     "OnCallerThread",
@@ -75,6 +87,7 @@ __all__ = [
     "route_experts",
     "sample_rows",
     "set_num_threads",
+    "stacked_experts",
     "token_logprobs",
     "unpack_grouped",
     "unpack_linear",
@@ -248,6 +261,31 @@ def route_experts(
     -> weights fp32 and ids int64 [T, top_k]."""
     route = _other(reference.route_experts, logits)
     return route(logits, top_k, softmax_before=softmax_before, renormalize=renormalize)
+
+
+def expert_feed_forward(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    experts: Sequence[Callable[[torch.Tensor], torch.Tensor]],
+    stacked: StackedExperts | None = None,
+) -> torch.Tensor:
+    """The sum over each row's experts, as `route_experts` chose them, of weight * expert(row): x
+    [T, H] -> [T, H]; see `reference.expert_feed_forward`.
+
+    `stacked`: the weights of all `experts` in one place on a GPU, which is then not waited for.
+    Without it experts are called one after the other, and it is.
+    """
+    if stacked is None:
+        return reference.expert_feed_forward(x, weights, ids, experts)
+    if not len(x):
+        return torch.empty_like(x)
+    from quantd.kernels.triton.experts import feed_forward
+
+    def act(gate_up: torch.Tensor) -> torch.Tensor:
+        return act_and_mul(gate_up, stacked.activation)
+
+    return feed_forward(x, weights, ids, stacked.gate_up, stacked.down, act)
 
 
 def identity() -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from quantd.kernels.reference.activation import Activation, act_and_mul
 from quantd.kernels.reference.attention import paged_attention
 from quantd.kernels.reference.cache import copy_blocks, rotary_write_kv, write_kv
 from quantd.kernels.reference.encoder import activate, encoder_attention, layer_norm
+from quantd.kernels.reference.experts import expert_feed_forward
 from quantd.kernels.reference.grouped import dequantize_grouped, quantize_rows
 from quantd.kernels.reference.linear import linear
 from quantd.kernels.reference.logprobs import token_logprobs
@@ -20,6 +21,7 @@ __all__ = [
     "copy_blocks",
     "dequantize_grouped",
     "encoder_attention",
+    "expert_feed_forward",
     "layer_norm",
     "linear",
     "paged_attention",

@@ -7,6 +7,7 @@ name, and everything else goes on. What a kernel promises beyond this is in `tes
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,16 @@ from quantd.kernels import compare, reference
 from quantd.kernels.batch import BLOCK_SIZE
 from quantd.kernels.checked import Checked
 from quantd.kernels.compare import Case, problem_of
+from quantd.kernels.cpu.linear import LinearWeight
+from quantd.kernels.experts import OPERATION, ExpertStack, StackedWeight
 from quantd.kernels.grouped import GroupedCodes
+from quantd.kernels.grouped_linear import gpu_weight
 from quantd.kernels.sampling import SamplingRows
 from quantd.kernels.triton import (
     activation,
     attention,
     copies,
+    experts,
     linear,
     norms,
     rotary,
@@ -117,6 +122,68 @@ def _grouped_reference(
     return (read @ reference.dequantize_grouped(chunk).T).to(x.dtype)
 
 
+def _experts(g: torch.Generator, dtype: torch.dtype) -> Iterable[tuple[Any, ...]]:
+    """Few rows and more, so that tiles of both sizes are met; an expert that no row goes to."""
+    for rows, bits in ((5, 0), (50, 0), (5, 4)):
+        shapes = ((4, 2 * 48, 80), (4, 80, 48))
+        codes = [torch.randint(0, 16, s, generator=g, dtype=torch.uint8) for s in shapes]
+        ids = torch.tensor([[2, 0], [3, 2]]).repeat(rows, 1)[:rows]
+        yield compare.random(g, dtype, rows, 80), torch.rand(rows, 2, generator=g), ids, *codes, bits
+
+
+_EXPERT_SCALE = 2.0**-6
+
+
+def _expert_feed_forward(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    bits: int,
+) -> torch.Tensor:
+    """bits: 0 for dense weights."""
+
+    def stacked(codes: torch.Tensor) -> StackedWeight:
+        stack, (count, rows, columns) = ExpertStack(len(codes)), codes.shape
+        scale = torch.full((rows, -(-columns // 32)), _EXPERT_SCALE, device=x.device)
+        for i in range(count):
+            chunk = GroupedCodes(codes[i], 4, 32, scale, center=8)
+            if bits:
+                part = linear.pack(
+                    [chunk], rows, columns, order=None, per_row=False, device=x.device
+                )
+                stack.put(i, gpu_weight((part,), (rows, columns), False, False))
+            else:
+                plain = reference.dequantize_grouped(chunk).to(x.dtype)
+                shape = rows, columns
+                stack.put(i, LinearWeight(plain, shape, x.dtype, "torch", plain.nbytes))
+        whole = stack.together()
+        assert whole is not None
+        return whole
+
+    return experts.feed_forward(
+        x, weights, ids, stacked(gate_up), stacked(down), lambda y: reference.act_and_mul(y, "silu")
+    )
+
+
+def _expert_reference(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    bits: int,
+) -> torch.Tensor:
+    first, second = ((codes.float() - 8) * _EXPERT_SCALE for codes in (gate_up, down))
+
+    def expert(i: int, rows: torch.Tensor) -> torch.Tensor:
+        return reference.act_and_mul(rows @ first[i].T, "silu") @ second[i].T
+
+    each = [partial(expert, i) for i in range(len(first))]
+    return reference.expert_feed_forward(x.float(), weights, ids, each).to(x.dtype)
+
+
 CASES: Mapping[str, Case] = {
     "rms_norm": Case(norms.rms_norm, reference.rms_norm, compare.norm),
     "add_rms_norm": Case(norms.add_rms_norm, reference.add_rms_norm, compare.added_norm),
@@ -139,5 +206,6 @@ CASES: Mapping[str, Case] = {
         {"softmax_before": True, "renormalize": True},
     ),
     "grouped_linear": Case(_grouped_linear, _grouped_reference, _grouped),
+    OPERATION: Case(_expert_feed_forward, _expert_reference, _experts),
     "sample_rows": Case(sampling.sample_rows, reference.sample_rows, _sampling),
 }

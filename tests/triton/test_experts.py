@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantd.daemon.worker.models.moe import Experts, FeedForward
-from quantd.kernels import grouped_linear, ops, reference
+from quantd.kernels import ops, reference
+from quantd.kernels.experts import StackedWeight
 from quantd.kernels.grouped import GroupedCodes
-from quantd.kernels.triton import experts, grouped, linear, routing
+from quantd.kernels.grouped_linear import gpu_weight
+from quantd.kernels.triton import experts, grouped, routing
 from quantd.kernels.triton.grouped_layout import PackedPart, pack_part, unpack_part
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -81,22 +81,39 @@ def packed(bits: int, group: int, kind: str, rows: int, columns: int) -> PackedP
     return pack_part([g], rows, columns, order=None, per_row=False, device=CPU)
 
 
+def dense(weight: torch.Tensor) -> ops.LinearWeight:
+    shape = weight.shape[0], weight.shape[1]
+    return ops.LinearWeight(weight, shape, weight.dtype, "torch", weight.nbytes)
+
+
+def alone(part: PackedPart) -> ops.GroupedWeight:
+    return gpu_weight((part,), (part.rows, part.columns), False, part.per_row)
+
+
+def stacked(weights: Sequence[ops.Weight]) -> StackedWeight:
+    stack = ops.ExpertStack(len(weights))
+    for i, weight in enumerate(weights):
+        stack.put(i, weight)
+    whole = stack.together()
+    assert whole is not None
+    return whole
+
+
 @pytest.mark.parametrize("count", [1, 2, 17, 80])
 @pytest.mark.parametrize("form", ["dense", (4, 32, "offset"), (3, 16, "center")], ids=str)
 def test_a_mixture_is_the_sum_of_its_experts(
     dtype: torch.dtype, count: int, form: str | tuple[int, int, str]
 ) -> None:
     num_experts, top_k, hidden, inner = 4, 2, 70, 37
-    stacks: list[experts.DenseExperts | experts.PackedExperts] = []
-    plain = []
+    stacks, plain = [], []
     for n, k in ((inner, hidden), (hidden, inner)):
         if isinstance(form, str):
             weight = (torch.randn(num_experts, n, k) / 8).to(dtype)
-            stacks.append(experts.DenseExperts(weight))
+            stacks.append(stacked([dense(w) for w in weight]))
             plain.append(weight.double())
         else:
             parts = [packed(*form, n, k) for _ in range(num_experts)]
-            stacks.append(experts.stack_packed(parts))
+            stacks.append(stacked([alone(part) for part in parts]))
             plain.append(torch.stack([unpack_part(part) for part in parts]).double())
     x = torch.randn(count, hidden).to(dtype)
     # No row goes to the second expert.
@@ -118,82 +135,20 @@ def test_a_mixture_is_the_sum_of_its_experts(
     assert error(experts.combine(second, weights, plan), total) <= MAX_NMSE[dtype]
 
 
-@pytest.mark.parametrize("bits", [0, 4])
-def test_the_worker_gets_what_its_own_experts_give(
-    monkeypatch: pytest.MonkeyPatch, bits: int
-) -> None:
-    """The mixture of daemon/worker, expert after expert, beside all of them at once."""
-    monkeypatch.setattr(grouped_linear, "_gpu", lambda device: linear)
-    num_experts, hidden, inner = 5, 48, 32
-    weights: list[ops.GroupedWeight | ops.LinearWeight] = []
-    for n, k in ((2 * inner, hidden), (hidden, inner)) * num_experts:
-        if bits:
-            codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
-            g = GroupedCodes(codes, 4, 16, torch.rand(n, -(-k // 16)) / 16, center=8)
-            weights.append(ops.pack_grouped([g], (n, k), device=CPU))
-        else:
-            plain = torch.randn(n, k) / 6
-            weights.append(ops.LinearWeight(plain, (n, k), plain.dtype, "torch", plain.nbytes))
-
-    def layer(w: ops.GroupedWeight | ops.LinearWeight) -> Any:
-        multiply: Any = ops.grouped_linear if isinstance(w, ops.GroupedWeight) else ops.linear
-        return lambda x: multiply(x, w, None)
-
-    each = [
-        FeedForward(layer(gate_up), layer(down), "silu")
-        for gate_up, down in zip(weights[::2], weights[1::2], strict=True)
-    ]
-    router = torch.randn(num_experts, hidden)
-    mixture = Experts(lambda x: x @ router.T, each, 2, True)  # type: ignore[arg-type]
-    x = torch.randn(9, hidden)
-    routed = routing.route_experts(x @ router.T, 2, softmax_before=True, renormalize=True)
-    stacks = [experts.stack_experts(weights[i::2]) for i in (0, 1)]
-    got = experts.feed_forward(x, *routed, *stacks, lambda y: reference.act_and_mul(y, "silu"))
-    assert error(got, mixture(x).double()) <= 1e-11
-
-
 def test_a_row_has_the_bits_that_its_expert_alone_gives() -> None:
     parts = [packed(4, 32, "center", 40, 1200) for _ in range(3)]
     x = torch.randn(5, 1200).half()
     plan = routing.plan_rows(torch.tensor([[2], [0], [2], [1], [0]]), 3)
-    got = experts.expert_matmul(x, experts.stack_packed(parts), plan, gather=True)
+    got = experts.expert_matmul(x, stacked([alone(part) for part in parts]), plan, gather=True)
     for place, row in enumerate(plan.order.tolist()):
         out = torch.empty(1, 40).half()
         grouped.grouped_matmul(x[row : row + 1], parts[[2, 0, 2, 1, 0][row]], None, out)
         assert torch.equal(got[place], out[0])
 
 
-def test_experts_of_different_formats_are_refused() -> None:
-    first = packed(4, 32, "center", 8, 64)
-    for other in (packed(4, 16, "center", 8, 64), packed(4, 32, "center", 9, 64)):
-        with pytest.raises(ValueError, match="agree"):
-            experts.stack_packed([first, other])
-    with pytest.raises(ValueError, match="order"):
-        experts.stack_packed([dataclasses.replace(first, order=torch.arange(64))])
-    plain = ops.LinearWeight(torch.zeros(8, 64), (8, 64), torch.float32, "torch", 2048)
-    two_parts = ops.GroupedWeight((), None, (16, 64), False, False, "triton", 0, (first, first))
-    for weights in ([plain, two_parts], [two_parts]):
-        with pytest.raises(ValueError, match="one grouped part each"):
-            experts.stack_experts(weights)
+def test_more_experts_of_a_row_than_there_are_is_an_error() -> None:
     with pytest.raises(ValueError, match="top_k is 7"):
         routing.route_experts(torch.zeros(1, 6), 7, softmax_before=True, renormalize=True)
-
-
-def test_what_is_packed_for_experts_is_what_they_had() -> None:
-    narrow = packed(5, 32, "offset", 8, 64)
-    narrow = dataclasses.replace(narrow, scale=narrow.scale.half())
-    wide = packed(5, 32, "offset", 8, 64)
-    stacked = experts.stack_packed([narrow, wide]).part
-    for i, part in enumerate((narrow, wide)):
-        assert stacked.high is not None and stacked.offset is not None
-        one = dataclasses.replace(
-            stacked,
-            low=stacked.low[i],
-            high=stacked.high[i],
-            scale=stacked.scale[i],
-            offset=stacked.offset[i],
-        )
-        assert torch.equal(unpack_part(one), unpack_part(part))
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:
