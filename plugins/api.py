@@ -14,6 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from quantd.kernels import ops
+
 api_version = 1
 """Raised when a change here breaks a plug-in that was written for the version before."""
 
@@ -93,6 +95,17 @@ class QuantLinear(Protocol):
     def dequantize(self) -> Tensor:
         """The weight [out_features, in_features] that the layer multiplies by, a new tensor in
         the dtype in which it is exact."""
+
+
+@runtime_checkable
+class OneWeight(Protocol):
+    """What a `QuantLinear` may have in addition: on a GPU the experts of a mixture that all have it
+    are multiplied by at once. Without it they are computed one after the other."""
+
+    @property
+    def weight(self) -> ops.Weight | None:
+        """What the layer multiplies by, with nothing added; None: it has a bias, or several
+        weights. The layer is not used again by who takes its weight."""
 
 
 class Quantizer(Protocol):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantd.kernels import ops
 
-Part = ops.GroupedWeight | ops.LinearWeight
+Part = ops.Weight
 
 
 class GroupedLinear:
@@ -28,6 +28,10 @@ class GroupedLinear:
     def nbytes(self) -> int:
         bias = 0 if self._bias is None else self._bias.nbytes
         return bias + sum(part.nbytes for part in self._parts)
+
+    @property
+    def weight(self) -> ops.Weight | None:
+        return self._parts[0] if len(self._parts) == 1 and self._bias is None else None
 
     def __call__(self, x: Tensor) -> Tensor:
         if len(self._parts) == 1:

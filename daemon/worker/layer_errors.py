@@ -157,7 +157,8 @@ def _place(name: str) -> tuple[float, int, int]:
 
 
 def _with(model: Model, linears: Mapping[str, QuantLinear]) -> Model:
-    weights = replace(model.weights, linears=dict(linears))
+    # Without stacks, so that each expert's layers are called.
+    weights = replace(model.weights, linears=dict(linears), stacks={})
     dtype = getattr(torch, model.info.dtype)
     decoder = Decoder(model.config, weights, dtype, model.info.max_context)
     return replace(model, decoder=decoder, weights=weights)

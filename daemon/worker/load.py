@@ -35,6 +35,7 @@ from quantd.daemon.worker.models.families import read_config
 from quantd.daemon.worker.models.names import dense_shapes, model_tensors
 from quantd.daemon.worker.pooling import PoolingPlan
 from quantd.daemon.worker.revision import kv_revision
+from quantd.daemon.worker.stacked import notes as expert_notes
 from quantd.kernels import ops
 from quantd.plugins.api import TensorSource
 from quantd.plugins.select import Registry, notes, parse_rules
@@ -118,6 +119,7 @@ def load_model(load: LoadModel, progress: Progress, pooling: PoolingPlan | None 
         quantizers=count_quantizers(choices.linears),
         notes=(
             *ops.notes(dtype, device),
+            *expert_notes(tensors, weights.stacks, device),
             *registry.warnings,
             *notes(source, tensors.linears.values(), choices.linears),
             *fitted,

@@ -7,7 +7,7 @@ then its pages go back to the system, so that the peak of memory is near the pac
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from quantd.daemon.types import LoadProgress
 from quantd.daemon.worker.embedding import Embedding
 from quantd.daemon.worker.models.config import CheckpointConfig
 from quantd.daemon.worker.models.names import ModelTensors
+from quantd.daemon.worker.stacked import Stacks
 from quantd.kernels import ops
 from quantd.plugins.api import LinearSpec, Quantizer, QuantLinear, Refused, TensorSource
 from quantd.plugins.select import Choice, Registry, Rule, check_rules, select
@@ -57,6 +58,9 @@ class Weights:
     """Of what is packed; a mapped table of embeddings does not count."""
     tables: dict[str, Tensor] = field(default_factory=dict)
     """fp32"""
+    stacks: Mapping[str, ops.ExpertStack] = field(default_factory=dict)
+    """On a GPU: where the weights of a mixture's linear layers lie, by the names of
+    `ModelTensors.experts`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +181,12 @@ def load_weights(
     total = sum(sizes.values()) * next(iter(tensors.linears.values())).dtype.itemsize
     progress(LoadProgress("weights", 0, total))
     linears: dict[str, QuantLinear] = {}
+    stacks = Stacks(tensors, device)
+
+    def load(name: str) -> QuantLinear:
+        spec, choice = specs[name]
+        return stacks.take(name, choice.quantizer.load(spec, source, device))
+
     num_threads = ops.num_threads()
     num_loaders = min(_MAX_LOADERS, num_threads)
     with ThreadPoolExecutor(
@@ -185,7 +195,7 @@ def load_weights(
         # The largest first: the peak is then over before the rest is there, and no thread is left
         # alone with it at the end.
         order = sorted(specs, key=lambda name: -sizes[name])
-        futures = {pool.submit(_load_linear, *specs[name], source, device): name for name in order}
+        futures = {pool.submit(load, name): name for name in order}
         try:
             done = 0
             for future in as_completed(futures):
@@ -213,7 +223,7 @@ def load_weights(
     untied = 0 if is_counted else config.vocab_size * config.hidden_size
     parameters = sum(sizes.values()) + biases + untied + sum(map(len, vectors.values()))
     parameters += sum(table.numel() for table in tables.values())
-    return Weights(linears, vectors, embedding, parameters, nbytes, tables)
+    return Weights(linears, vectors, embedding, parameters, nbytes, tables, stacks.full())
 
 
 def _embedding(
@@ -221,12 +231,6 @@ def _embedding(
 ) -> Embedding:
     table = source.read(name).to(device) if source.dtype(name) in _FLOATS else None
     return Embedding(quantizer, name, source, device, table)
-
-
-def _load_linear(
-    spec: LinearSpec, choice: Choice, source: TensorSource, device: torch.device
-) -> QuantLinear:
-    return choice.quantizer.load(spec, source, device)
 
 
 def _vector(source: TensorSource, name: str, device: torch.device, offset: float) -> Tensor:

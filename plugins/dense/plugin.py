@@ -26,6 +26,10 @@ class DenseLinear:
     def nbytes(self) -> int:
         return self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
 
+    @property
+    def weight(self) -> ops.Weight | None:
+        return self._weight if self._bias is None else None
+
     def __call__(self, x: Tensor) -> Tensor:
         return ops.linear(x, self._weight, self._bias)
 

@@ -55,6 +55,13 @@ class Decoder:
         self._lm_head = weights.linears.get("lm_head")
         """None: nobody will ask for logits."""
 
+    @property
+    def waits(self) -> bool:
+        """On a GPU: `forward` waits for it and cannot be recorded, because the weights of some
+        experts are not stacked."""
+        parts = [layer.feed_forward for layer in self._layers]
+        return any(isinstance(part, Experts) and part.stacked is None for part in parts)
+
     def forward(
         self,
         tokens: Tensor,
@@ -206,4 +213,19 @@ def _experts(config: ModelConfig, weights: Weights, at: str) -> Experts:
         _feed_forward(config, weights, f"{at}experts.{expert}.")
         for expert in range(moe.num_experts)
     ]
-    return Experts(weights.linears[f"{at}gate"], experts, moe.top_k, moe.renormalize)
+    return Experts(
+        weights.linears[f"{at}gate"],
+        experts,
+        moe.top_k,
+        moe.renormalize,
+        _stacked(config, weights, at),
+    )
+
+
+def _stacked(config: ModelConfig, weights: Weights, at: str) -> ops.StackedExperts | None:
+    gate_up, down = (
+        weights.stacks.get(f"{at}experts.{leaf}") for leaf in ("gate_up_proj", "down_proj")
+    )
+    if gate_up is None or down is None:
+        return None
+    return ops.stacked_experts(gate_up, down, config.activation)

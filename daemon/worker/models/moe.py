@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from quantd.kernels import ops
@@ -32,25 +31,14 @@ class Experts:
     experts: Sequence[FeedForward]
     top_k: int
     renormalize: bool
+    stacked: ops.StackedExperts | None
+    """The weights of `experts` in one place, on a GPU. Without it experts are called one after the
+    other, and a GPU is waited for to know how many rows each has: to give all rows to all of them
+    would not wait, and read and multiply many times as much."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden]. An expert's weights are read once for all its rows."""
         weights, ids = ops.route_experts(
             self.router(x), self.top_k, softmax_before=True, renormalize=self.renormalize
         )
-        # Rows in order of expert; stable, so that within an expert they stay in order.
-        chosen, order = ids.flatten().sort(stable=True)
-        rows = order.div(self.top_k, rounding_mode="floor")
-        weights = weights.to(x.dtype).flatten().index_select(0, order)[:, None]
-        inputs = x.index_select(0, rows)
-        counts = torch.bincount(chosen, minlength=len(self.experts)).tolist()
-        out = torch.zeros_like(x)
-        start = 0
-        for expert, count in zip(self.experts, counts, strict=True):
-            if count:
-                stop = start + count
-                part = expert(inputs[start:stop]).mul_(weights[start:stop])
-                # A row meets its experts in order of their ids, whatever else is in the batch.
-                out.index_add_(0, rows[start:stop], part)
-                start = stop
-        return out
+        return ops.expert_feed_forward(x, weights, ids, self.experts, self.stacked)

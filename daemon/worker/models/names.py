@@ -51,6 +51,9 @@ class ModelTensors:
     embedding: str
     """The table's name in the checkpoint."""
     linears: dict[str, LinearSpec] = field(default_factory=dict)
+    experts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """The linear layers of a mixture that are the same one of each expert, in order of the experts:
+    under "model.layers.0.mlp.experts.down_proj" and the like."""
     vectors: dict[str, Vector] = field(default_factory=dict)
     tables: dict[str, Table] = field(default_factory=dict)
     is_ignored: Callable[[str], bool] = lambda name: False
@@ -165,6 +168,10 @@ class _Builder:
                 moe.intermediate_size,
                 leaves,
                 f"{at}experts.{expert}.",
+            )
+        for leaf in ("gate_up_proj", "down_proj"):
+            self._tensors.experts[f"model.{ours}experts.{leaf}"] = tuple(
+                f"model.{ours}experts.{expert}.{leaf}" for expert in range(moe.num_experts)
             )
 
     def _feed_forward(
