@@ -128,7 +128,13 @@ def _experts(g: torch.Generator, dtype: torch.dtype) -> Iterable[tuple[Any, ...]
         shapes = ((4, 2 * 48, 80), (4, 80, 48))
         codes = [torch.randint(0, 16, s, generator=g, dtype=torch.uint8) for s in shapes]
         ids = torch.tensor([[2, 0], [3, 2]]).repeat(rows, 1)[:rows]
-        yield compare.random(g, dtype, rows, 80), torch.rand(rows, 2, generator=g), ids, *codes, bits
+        yield (
+            compare.random(g, dtype, rows, 80),
+            torch.rand(rows, 2, generator=g),
+            ids,
+            *codes,
+            bits,
+        )
 
 
 _EXPERT_SCALE = 2.0**-6
