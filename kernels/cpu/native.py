@@ -7,6 +7,7 @@ import torch
 
 from quantd.kernels.batch import BLOCK_SIZE, AttentionBatch
 from quantd.kernels.cpu.library import Library
+from quantd.kernels.cpu.memory import empty_weight
 from quantd.kernels.reference import Activation
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -269,7 +270,7 @@ def pack_panels(weight: torch.Tensor) -> torch.Tensor:
     """weight [N, K] as [ceil(N / PANEL), K, PANEL], padded with zeros."""
     n, k = weight.shape
     whole = n // PANEL
-    panels = weight.new_empty((-(-n // PANEL), k, PANEL))
+    panels = empty_weight((-(-n // PANEL), k, PANEL), weight.dtype)
     panels[:whole] = weight[: whole * PANEL].view(whole, PANEL, k).transpose(1, 2)
     if n % PANEL:
         panels[whole] = 0
@@ -285,7 +286,7 @@ def pack_pairs(weight: torch.Tensor) -> torch.Tensor:
     """weight [N, K] as [ceil(N / PANEL), ceil(K / 2), PANEL, 2], padded with zeros."""
     n, k = weight.shape
     count = k // 2
-    pairs = weight.new_zeros((-(-n // PANEL), -(-k // 2), PANEL, 2))
+    pairs = empty_weight((-(-n // PANEL), -(-k // 2), PANEL, 2), weight.dtype)
     for panel, to in enumerate(pairs.transpose(1, 2)):  # to [PANEL, pairs, 2]
         rows = weight[panel * PANEL : (panel + 1) * PANEL]
         to[: len(rows), :count] = rows[:, : 2 * count].view(len(rows), count, 2)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from quantd.kernels.cpu.library import Library
+from quantd.kernels.cpu.memory import empty_weight
 from quantd.kernels.cpu.native import DTYPES
 from quantd.kernels.grouped import GroupedCodes
 
@@ -164,7 +165,7 @@ class NativeGrouped:
         nothing = torch.empty(0, dtype=torch.uint8)
         shape = (rows, columns, chunk.bits, chunk.group, chunk.center, flags, table, order, kind)
         size = self._panel_bytes(0, 0, ctypes.byref(_struct(NativePart(nothing, *shape))))
-        panels = torch.empty(-(-rows // PANEL_ROWS), size, dtype=torch.uint8)
+        panels = empty_weight((-(-rows // PANEL_ROWS), size), torch.uint8)
         return NativePart(panels, *shape)
 
     def _pack_chunk(self, part: NativePart, first_panel: int, chunk: GroupedCodes) -> None:

@@ -94,7 +94,7 @@ def about(found: list[Finding], code: str) -> Finding:
 
 def test_a_machine_on_which_all_is_well(tmp_path: Path) -> None:
     found = facts(tmp_path, machines.workstation, tool(gpus=[gpu()]))
-    assert codes(find(found)) == [("note", "huge_pages")]
+    assert codes(find(found)) == []
     text = "\n".join(show(found, find(found)))
     assert "AMD Ryzen 7 7700X 8-Core Processor (x86_64)" in text
     assert "570.133.07" in text and "for CUDA 13.0" in text
@@ -120,7 +120,6 @@ def test_a_container(tmp_path: Path) -> None:
         ("slow", "instructions"),
         ("slow", "cpu_quota"),
         ("slow", "memory_rate"),
-        ("note", "huge_pages"),
     ]
     assert "allows 0.5 processors, less than one core" in about(found, "cpu_quota").text
     level = about(found, "instructions")
@@ -339,7 +338,7 @@ def test_who_asks_for_a_gpu_that_cannot_be_used_is_told_that_and_why(tmp_path: P
 
 def test_who_asks_for_the_processor_is_not_told_of_cards(tmp_path: Path) -> None:
     found = facts(tmp_path, machines.workstation, tool(torch=CPU_BUILD), device="cpu")
-    assert codes(find(found)) == [("note", "huge_pages")]
+    assert codes(find(found)) == []
 
 
 # --- cards that are used ---------------------------------------------------------------------

@@ -152,10 +152,9 @@ def _memory(facts: Facts) -> Iterator[Finding]:
     if memory.swap_used > _SWAPPED:
         text = f"{size(memory.swap_used)} are swapped out: what is needed of it comes from a disk"
         yield Finding("slow", "swap", text, "end what else runs, or serve smaller models")
-    if memory.huge_pages in ("never", "madvise"):
-        # quantd asks for none: what that would gain was not measured.
-        text = f"transparent huge pages are set to {memory.huge_pages}: weights lie in small pages"
-        todo = "as root: echo always > /sys/kernel/mm/transparent_hugepage/enabled"
+    if memory.huge_pages == "never":
+        text = "transparent huge pages are set to never: weights lie in small ones, some % slower"
+        todo = "as root: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
         yield Finding("note", "huge_pages", text, todo)
     if memory.nodes > 1:
         text = f"memory has {memory.nodes} nodes (NUMA): a core reads that of another one slower"

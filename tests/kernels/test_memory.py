@@ -1,0 +1,52 @@
+"""Memory for packed weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantd.kernels.cpu import memory
+
+SIZES = [(3, 5), (1, 2 << 20), (2, (1 << 20) - 1), (7, 1_000_003)]
+
+
+@pytest.mark.parametrize("shape", SIZES)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+def test_it_is_zeros_of_that_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    weight = memory.empty_weight(shape, dtype)
+    assert weight.shape == shape and weight.dtype == dtype and weight.is_contiguous()
+    assert not weight.count_nonzero()
+    weight.fill_(1)
+    assert weight.count_nonzero() == weight.numel()
+
+
+def test_a_large_one_begins_at_a_huge_page() -> None:
+    assert memory.empty_weight((5 << 20,), torch.uint8).data_ptr() % (2 << 20) == 0
+
+
+def test_huge_pages_are_under_it_where_the_system_gives_them() -> None:
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not enabled.exists() or "[never]" in enabled.read_text():
+        pytest.skip("the system gives no huge pages")
+    before = _huge_kilobytes()
+    weight = memory.empty_weight((64 << 20,), torch.uint8)
+    weight.fill_(1)
+    assert _huge_kilobytes() - before > 32 << 10
+
+
+def test_a_system_without_them_gives_usual_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.mmap, "MADV_HUGEPAGE", 9999)  # EINVAL, as where there are none
+    assert not memory.empty_weight((5 << 20,), torch.uint8).count_nonzero()
+
+
+def test_it_lives_as_long_as_a_view_of_it() -> None:
+    view = memory.empty_weight((5 << 20,), torch.uint8)[1 << 20 :]
+    view.fill_(3)
+    other = memory.empty_weight((5 << 20,), torch.uint8)
+    other.fill_(4)
+    assert view.eq(3).all()
+
+
+def _huge_kilobytes() -> int:
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return int(text.partition("AnonHugePages:")[2].split()[0])
