@@ -245,7 +245,8 @@ def _add_spans_kernel(
     inside = n < width
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for span in range(spans):
-        total += tl.load(partial + (span * rows + m) * width + n, mask=inside, other=0.0)
+        line = tl.cast(span, tl.int64) * rows + m
+        total += tl.load(partial + line * width + n, mask=inside, other=0.0)
     if x_scale is not None:
         total *= tl.load(x_scale + m)
     if bias is not None:
@@ -369,7 +370,7 @@ def format_types(
     return types, constants
 
 
-def _variant(
+def make_variant(
     x: str, bits: int, group: int, kind: str, rows: int, *, whole: bool, scale: str = "fp16"
 ) -> Variant:
     torch_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -409,24 +410,26 @@ _SUMS = Variant(
 )
 
 VARIANTS = (
-    _variant("bf16", 2, 16, "offset", 1, whole=False),
-    _variant("bf16", 3, 128, "center", 64, whole=False),
-    _variant("bf16", 3, 32, "table", 1, whole=False),
-    _variant("bf16", 4, 128, "center", 1, whole=False),
-    _variant("bf16", 4, 128, "center", 512, whole=True),
-    _variant("bf16", 4, 32, "offset", 64, whole=False),
-    _variant("bf16", 4, 32, "table", 512, whole=True),
-    _variant("bf16", 5, 32, "offset", 512, whole=True),
-    _variant("bf16", 6, 16, "center", 1, whole=False),
-    _variant("bf16", 8, 48, "offset", 64, whole=False),
-    _variant("bf16", 8, 0, "center", 512, whole=True),
-    _variant("fp16", 4, 128, "center", 1, whole=True),
-    _variant("fp16", 5, 32, "offset", 64, whole=True),
-    _variant("fp16", 6, 16, "center", 512, whole=True),
-    _variant("i8", 4, 128, "center", 512, whole=True),
-    _variant("bf16", 4, 128, "offset", 512, whole=True, scale="fp32"),
-    _variant("fp32", 4, 32, "offset", 1, whole=False, scale="fp32"),
+    make_variant("bf16", 2, 16, "offset", 1, whole=False),
+    make_variant("bf16", 2, 32, "table", 64, whole=False),
+    make_variant("bf16", 3, 128, "center", 64, whole=False),
+    make_variant("bf16", 3, 32, "table", 1, whole=False),
+    make_variant("bf16", 4, 128, "center", 1, whole=False),
+    make_variant("bf16", 4, 128, "center", 512, whole=True),
+    make_variant("bf16", 4, 32, "offset", 64, whole=False),
+    make_variant("bf16", 4, 32, "table", 512, whole=True),
+    make_variant("bf16", 4, 32, "table", 1, whole=False, scale="fp32"),
+    make_variant("bf16", 5, 32, "offset", 512, whole=True),
+    make_variant("bf16", 6, 16, "center", 1, whole=False),
+    make_variant("bf16", 8, 48, "offset", 64, whole=False),
+    make_variant("bf16", 8, 0, "center", 512, whole=True),
+    make_variant("fp16", 4, 128, "center", 1, whole=True),
+    make_variant("fp16", 5, 32, "offset", 64, whole=True),
+    make_variant("fp16", 6, 16, "center", 512, whole=True),
+    make_variant("i8", 4, 128, "center", 512, whole=True),
+    make_variant("bf16", 4, 128, "offset", 512, whole=True, scale="fp32"),
+    make_variant("fp32", 4, 32, "offset", 1, whole=False, scale="fp32"),
     _SUMS,
 )
-"""Every number of bits, every kind of value, every tile, each dtype; not all with all, which was
-compiled once and takes minutes."""
+"""Every number of bits, every kind of value (a table in fp32 steps is MXFP4's), every tile, each
+dtype; not all with all, which was compiled once and takes minutes."""

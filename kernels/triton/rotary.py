@@ -12,7 +12,7 @@ import triton.language as tl
 
 from quantd.kernels.batch import BLOCK_SIZE
 from quantd.kernels.triton.fp8 import narrow
-from quantd.kernels.triton.variant import Variant
+from quantd.kernels.triton.variant import SHARED_LIMIT, Variant
 
 _BLOCK = tl.constexpr(BLOCK_SIZE)
 _WARPS = 4
@@ -23,7 +23,7 @@ def _rotate(x, stride, heads, cos, sin, half, HEADS: tl.constexpr, HALF: tl.cons
     """In place, the pairs (i, i + half) of x [heads, ...]."""
     head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
     inside = (head < heads) & (column < half)
-    place = x + head * stride + column
+    place = x + head.to(tl.int64) * stride + column
     c = tl.load(cos + column, mask=column < half, other=0.0)
     s = tl.load(sin + column, mask=column < half, other=0.0)
     first = tl.load(place, mask=inside, other=0.0).to(tl.float32)
@@ -48,7 +48,7 @@ def _store(
     """x [heads, head_dim] at a slot of the pool."""
     head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, DIM)[None, :]
     inside = (head < heads) & (column < head_dim)
-    value = tl.load(x + head * stride + column, mask=inside, other=0.0)
+    value = tl.load(x + head.to(tl.int64) * stride + column, mask=inside, other=0.0)
     if FP8:
         value = narrow(tl.div_rn(value.to(tl.float32), scale))
     at = (slot // _BLOCK * heads + head) * _BLOCK + slot % _BLOCK
@@ -210,6 +210,8 @@ def _variant(
         {**constants, "FP8": fp8},
         num_warps=_WARPS,
         aligned=tuple(a for a in aligned if a in signature),
+        # The barrier between rotating and storing, without which nothing else would bring one.
+        instructions=dict.fromkeys(SHARED_LIMIT, r"bar\.sync") if rotates and writes else {},
     )
 
 

@@ -25,6 +25,13 @@ _SPILLED = re.compile(r"(\d+) bytes spill stores")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _VGPRS = re.compile(r"\.vgpr_count:\s*(\d+)")
 _VGPRS_SPILLED = re.compile(r"\.vgpr_spill_count:\s*(\d+)")
+_PLAIN_PRODUCT = re.compile(r"tt\.dot .*parent = #blocked")
+_CONSTANT = re.compile(r"(%\S+) = arith\.constant")
+_SPLAT = re.compile(r"(%\S+) = tt\.splat (%\S+)")
+_PRODUCT_OF_32_BITS = re.compile(r"arith\.muli (%\S+), (%\S+) : (?:i32|\S+xi32>) loc\((#loc\d*)\)")
+_PLACE = re.compile(r"^(#loc\d*) = loc\((.*)\)$", re.MULTILINE)
+_ANOTHER_PLACE = re.compile(r"#loc\d*")
+_FILE_AND_LINE = re.compile(r'"([^"]*\.py)":(\d+):')
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,11 @@ class Compiled:
     """Of a thread."""
     spilled: int
     """Bytes of a thread's registers that live in memory."""
+    narrow: tuple[str, ...]
+    """Products in 32 bits of two numbers that are known only when it runs, as "file.py:line": what
+    an address beyond 2**31 must not be made of."""
+    plain_products: int
+    """Matrix products that do without tensor cores."""
 
 
 def compile_variant(variant: Variant, architecture: int) -> Compiled:
@@ -67,7 +79,7 @@ def compile_variant(variant: Variant, architecture: int) -> Compiled:
     built = _compile(variant, "cuda", architecture, 32)
     ptx: str = built.asm["ptx"]
     registers, spilled = _assembled(ptx)
-    return Compiled(ptx, built.metadata.shared, registers, spilled)
+    return _compiled(built, ptx, registers, spilled)
 
 
 def compile_for_amd(variant: Variant, architecture: str) -> Compiled:
@@ -77,7 +89,7 @@ def compile_for_amd(variant: Variant, architecture: str) -> Compiled:
     assembly: str = built.asm["amdgcn"]
     registers, spilled = _VGPRS.search(assembly), _VGPRS_SPILLED.search(assembly)
     assert registers and spilled and built.asm["hsaco"], assembly
-    return Compiled(assembly, built.metadata.shared, int(registers[1]), 4 * int(spilled[1]))
+    return _compiled(built, assembly, int(registers[1]), 4 * int(spilled[1]))
 
 
 def _compile(variant: Variant, backend: str, architecture: int | str, lanes: int) -> Any:
@@ -93,6 +105,38 @@ def _compile(variant: Variant, backend: str, architecture: int | str, lanes: int
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     target = GPUTarget(backend, architecture, lanes)
     return triton.compile(source, target=target, options=options)
+
+
+def _compiled(built: Any, assembly: str, registers: int, spilled: int) -> Compiled:
+    plain = len(_PLAIN_PRODUCT.findall(built.asm["ttgir"]))
+    shared, narrow = built.metadata.shared, _narrow(built.asm["ttir"])
+    return Compiled(assembly, shared, registers, spilled, narrow, plain)
+
+
+def _narrow(ttir: str) -> tuple[str, ...]:
+    places = dict(_PLACE.findall(ttir))
+    constants = set(_CONSTANT.findall(ttir))
+    constants |= {name for name, value in _SPLAT.findall(ttir) if value in constants}
+    return tuple(
+        sorted(
+            {
+                _source(place, places)
+                for left, right, place in _PRODUCT_OF_32_BITS.findall(ttir)
+                if not {left, right} & constants
+            }
+        )
+    )
+
+
+def _source(place: str, places: Mapping[str, str]) -> str:
+    """The innermost line of a location, which may name others."""
+    text = places[place]
+    while (found := _FILE_AND_LINE.search(text)) is None:
+        inner = _ANOTHER_PLACE.search(text)
+        if inner is None:
+            return text
+        text = places[inner[0]]
+    return f"{Path(found[1]).name}:{found[2]}"
 
 
 def _assembled(ptx: str) -> tuple[int, int]:
