@@ -64,3 +64,14 @@ def test_no_rows(dtype: torch.dtype) -> None:
     assert activation.act_and_mul(torch.empty(0, 8).to(dtype), "silu").shape == (0, 4)
     one = torch.ones(8)
     assert activation.layer_norm(torch.empty(0, 8).to(dtype), one, one, 1, dtype).shape == (0, 8)
+
+
+def test_views_whose_rows_are_apart(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 40).to(dtype)[:, 5:29]
+    weight, bias = torch.rand(24), torch.randn(24)
+    for call in (
+        lambda x: activation.act_and_mul(x, "silu"),
+        lambda x: activation.activate(x, "gelu"),
+        lambda x: activation.layer_norm(x, weight, bias, 1e-5, dtype),
+    ):
+        assert torch.equal(call(x), call(x.clone()))

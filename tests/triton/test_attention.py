@@ -115,12 +115,19 @@ def test_the_spans_that_are_used(dtype: torch.dtype) -> None:
     make_case([(1, 1100), (3, 530), (40, 40)], heads=2, kv_heads=1, dtype=dtype).check()
 
 
-@pytest.mark.parametrize("head_dim", [16, 24, 80, 96, 112])
+@pytest.mark.parametrize(("window", "with_sinks"), [(None, False), (None, True), (1, True)])
+def test_where_a_span_begins(window: int | None, with_sinks: bool) -> None:
+    lengths = [(1, 511), (1, 512), (1, 513), (2, 513), (1, 1024), (2, 1025)]
+    case = make_case(lengths, heads=2, kv_heads=1, dtype=torch.float32)
+    replace(case, window=window, sinks=torch.randn(2) if with_sinks else None).check()
+
+
+@pytest.mark.parametrize("head_dim", [16, 24, 64, 80, 96, 112, 128, 192, 256])
 def test_head_dimensions(dtype: torch.dtype, head_dim: int) -> None:
     make_case([(1, 40), (5, 21)], 2, 1, head_dim, dtype).check()
 
 
-@pytest.mark.parametrize("group", [1, 4, 7, 8, 71])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 71])
 def test_grouped_heads(group: int, short_spans: None) -> None:
     make_case([(1, 70), (3, 5), (9, 130)], group, 1).check()
     if group < 71:

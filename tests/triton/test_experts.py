@@ -48,6 +48,15 @@ def test_a_nan_spoils_its_own_row_only() -> None:
     torch.testing.assert_close(got, want, equal_nan=True)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_routes_rows_that_are_apart_and_none(dtype: torch.dtype, rows: int) -> None:
+    logits = torch.randn(rows, 20).to(dtype)[:, 3:10]
+    got, ids = routing.route_experts(logits, 2, softmax_before=False, renormalize=True)
+    want, want_ids = reference.route_experts(logits, 2, softmax_before=False, renormalize=True)
+    assert torch.equal(ids, want_ids)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_a_plan_has_every_pair_once_with_its_own_expert(data: st.DataObject) -> None:

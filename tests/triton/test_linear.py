@@ -75,6 +75,7 @@ def test_activations_of_eight_bits_per_row(dtype: torch.dtype, bits: int, group:
     want = codes.double() * scale.double() @ dequantize_grouped(g).double().T
     most = {torch.float32: 1e-12, torch.float16: 2.0**-21}[dtype]
     assert_close(ops.grouped_linear(x, w, None), want, most)
+    assert ops.grouped_linear(x[:0], w, None).shape == (0, 20)
     both = ops.join_grouped([w, w])
     assert len(both.gpu_parts) == 1
     got = ops.grouped_linear(x, both, None)

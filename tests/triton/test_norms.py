@@ -33,3 +33,18 @@ def test_add_rms_norm(dtype: torch.dtype) -> None:
     got = norms.add_rms_norm(x, residual, weight, 1e-5)
     assert torch.equal(residual, stored)
     torch.testing.assert_close(got, want, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (0, 3, 8), (2, 0, 8)], ids=str)
+def test_no_rows(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x, residual = torch.empty(shape).to(dtype), torch.empty(shape).to(dtype)
+    assert norms.rms_norm(x, torch.ones(8), 1e-5).shape == shape
+    assert norms.add_rms_norm(x, residual, torch.ones(8), 1e-5).shape == shape
+
+
+def test_views_whose_rows_are_apart(dtype: torch.dtype) -> None:
+    x, residual = torch.randn(3, 40).to(dtype)[:, 5:29], torch.randn(3, 24).to(dtype)
+    weight = torch.rand(24)
+    want = norms.add_rms_norm(x.contiguous(), residual.clone(), weight, 1e-5)
+    assert torch.equal(norms.add_rms_norm(x, residual, weight, 1e-5), want)
+    assert torch.equal(norms.rms_norm(x, weight, 1e-5), norms.rms_norm(x.clone(), weight, 1e-5))

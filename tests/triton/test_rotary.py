@@ -33,7 +33,10 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
     return x.view(torch.uint8) if x.dtype == E4M3 else x
 
 
-SHAPES = [(1, (1, 1), 16, 8), (5, (4, 2), 16, 8), (3, (7, 1), 24, 6), (4, (3, 3), 80, 20)]
+SHAPES = [
+    (1, (1, 1), 16, 8), (5, (4, 2), 16, 8), (3, (7, 1), 24, 6), (4, (3, 3), 80, 20),
+    (2, (8, 1), 128, 64), (1, (2, 2), 256, 32),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("rows", "heads", "dim", "half"), SHAPES)
@@ -108,3 +111,6 @@ def test_no_rows(dtype: torch.dtype) -> None:
     fused, tables, slots = _inputs(dtype, 0, (2, 1), 16, 8)
     pools = _pools(1, 16, dtype)
     rotary.rotary_write_kv(*_split(fused, 2, 1), *tables, pools[0], pools[1], slots)
+    rotary.rotary(*_split(fused, 2, 1)[:2], *tables)
+    rotary.write_kv(*_split(fused, 2, 1)[1:], pools[0], pools[1], slots)
+    assert (pools == 7).all()
