@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # The newest release of the tested range; a torch that is already in the environment is kept.
 TORCH  ?= torch==2.13.0
 
-.PHONY: help serve stop test test-portable test-triton test-clients fuzz test-systemd check lint types imports bench clean
+.PHONY: help serve stop test test-portable test-triton test-mutations test-clients fuzz test-systemd check lint types imports bench clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -79,6 +79,9 @@ test-portable: $(VENV)/portable/.built  ## the tests that need no C library, wit
 test-triton: $(VENV)/.dev  ## the GPU kernels in Triton's interpreter, which needs no GPU
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/triton
 
+test-mutations: $(VENV)/.dev  ## the proofs of the GPU kernels fail when a kernel is broken on purpose
+	$(BIN)/python -m pytest -q -n 2 tests/mutations
+
 ROOT := $(abspath $(VENV))/debian
 test-systemd: $(VENV)/.dev  ## the units in a booted container: root, debootstrap, systemd-nspawn
 	@test -d $(ROOT)/etc || debootstrap --variant=minbase --include=systemd,dbus bookworm $(ROOT)
@@ -94,7 +97,7 @@ types: $(VENV)/.dev .src/quantd  ## mypy, strict
 imports: $(VENV)/.dev  ## who may import whom
 	$(BIN)/lint-imports
 
-check: lint types imports test test-triton test-portable  ## everything that CI runs
+check: lint types imports test test-triton test-mutations test-portable  ## everything that CI runs
 
 fuzz: $(VENV)/.dev  ## 100,000 mutated headers of model files; 1,000 requests to each route
 	PYTHONPATH=tests $(BIN)/python tests/fuzz/fuzz_headers.py --count 100000
