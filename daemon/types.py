@@ -135,6 +135,8 @@ class LoadModel(msgspec.Struct, frozen=True, tag="load"):
     """None: what the checkpoint says."""
     kv_bytes: int | None = None
     """Budget for KV blocks; None: the worker decides from what the machine has."""
+    kv_dtype: str = "auto"
+    """auto (as activations) | e4m3"""
     host_kv_bytes: int = 0
     """Budget of the host pool, to which blocks spill; 0: there is none."""
     disk_kv_path: str | None = None

@@ -200,6 +200,11 @@ class ModelSettings:
         Size(low=1 << 20, auto=True, live=True),
         'budget for KV blocks; "auto": from the memory that is there (live between sizes)',
     ] = None
+    kv_dtype: Annotated[
+        Literal["auto", "e4m3"],
+        OneOf(choices=("auto", "e4m3")),
+        'of KV blocks; "auto": as activations; "e4m3": 8 bits, on a GPU only',
+    ] = "auto"
     host_kv_bytes: Annotated[
         int,
         Size(low=0),

@@ -176,6 +176,7 @@ def _frame(model: ModelSettings, scheduler: SchedulerSettings) -> LoadModel:
         quantization=model.quantization,
         max_context=model.max_context,
         kv_bytes=model.kv_bytes,
+        kv_dtype=model.kv_dtype,
         host_kv_bytes=model.host_kv_bytes,
         disk_kv_path=None if model.disk_kv_path is None else str(model.disk_kv_path),
         disk_kv_bytes=model.disk_kv_bytes,

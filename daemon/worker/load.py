@@ -84,9 +84,10 @@ def load_model(load: LoadModel, progress: Progress, pooling: PoolingPlan | None 
         dtype = choose_dtype(load.dtype, config.dtype or stored_dtype(source), device)
         exact = load.dtype == "float32"
         tensors = model_tensors(config, dtype, source.names(), exact, pooling is None)
+    kv_dtype = choose_kv_dtype(load.kv_dtype, dtype, device)
     pooled = None if pooling is None else pooling.info(config.hidden_size)
-    check_kv_bytes(load.kv_bytes, config, dtype, device)
-    host_blocks = num_host_blocks(load.host_kv_bytes, block_bytes(config, dtype))
+    check_kv_bytes(load.kv_bytes, config, kv_dtype, device)
+    host_blocks = num_host_blocks(load.host_kv_bytes, block_bytes(config, kv_dtype))
     registry = Registry()
     choices = choose(config, source, tensors, device, registry, parse_rules(load.quantization))
     vocab_size = checkpoint.vocab_size(config.vocab_size)
@@ -95,11 +96,11 @@ def load_model(load: LoadModel, progress: Progress, pooling: PoolingPlan | None 
     if device.type == "cuda":
         step = largest_step(load, max_context, pooled)
         is_packed = any(choice.quantizer.name != "dense" for choice in choices.linears)
-        costs = Costs(config, dtype, is_packed, on_gpu=True)
+        costs = Costs(config, dtype, kv_dtype, is_packed, on_gpu=True)
         blocks, fitted = fitting_blocks(load.kv_bytes, costs, step, weights.nbytes, decoder, device)
     else:
-        blocks, fitted = num_blocks(load.kv_bytes, block_bytes(config, dtype), max_context), ()
-    pools = allocate(config, dtype, device, blocks)
+        blocks, fitted = num_blocks(load.kv_bytes, block_bytes(config, kv_dtype), max_context), ()
+    pools = allocate(config, kv_dtype, device, blocks)
     info = ModelInfo(
         architecture=config.architecture,
         num_parameters=weights.num_parameters,
@@ -177,6 +178,19 @@ def choose_dtype(wanted: str, checkpoint: str, device: torch.device) -> torch.dt
     if name not in _DTYPES:
         raise Refused(f"dtype is {name!r}, must be bfloat16, float16 or float32")
     return _DTYPES[name]
+
+
+def choose_kv_dtype(wanted: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of the pools, for activations of `dtype`."""
+    if wanted == "auto":
+        return dtype
+    if wanted != "e4m3":
+        raise Refused(f"kv_dtype is {wanted!r}, must be auto or e4m3")
+    if device.type == "cpu":
+        raise Refused(
+            'kv_dtype is "e4m3", which the kernels for a CPU do not read: use "auto", or a GPU'
+        )
+    return torch.float8_e4m3fn
 
 
 def stored_dtype(source: TensorSource) -> str:

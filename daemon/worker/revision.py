@@ -32,7 +32,8 @@ def kv_revision(
     """
     digest = hashlib.blake2b(digest_size=32, person=b"quantd-kv-rev")
     code = (version("quantd"), torch.__version__, *ops.identity())
-    settings = (load.quantization, load.load_format, str(dtype), device.type, max_context)
+    dtypes = (str(dtype), load.kv_dtype)
+    settings = (load.quantization, load.load_format, *dtypes, device.type, max_context)
     parts = [BLOCK_TOKENS, code, settings, json.dumps(config, sort_keys=True, default=str)]
     digest.update(json.dumps(parts).encode())
     for path in _files(Path(load.path)):

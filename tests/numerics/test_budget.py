@@ -43,7 +43,7 @@ def test_a_step_takes_what_its_shapes_say(name: str, dtype: str, tmp_path: Path)
     load = LoadModel("m", str(tmp_path), dtype=dtype, max_context=64, device="cpu", threads=1)
     model = load_model(load, lambda progress: None)
     kind = getattr(torch, dtype)
-    costs = Costs(model.config, kind, is_packed=False, on_gpu=False)
+    costs = Costs(model.config, kind, kind, is_packed=False, on_gpu=False)
     for step in (Step(512, 64, 64), Step(512, 0, 64), Step(48, 48, 64)):
         work = partial(compute, model.decoder, model.pools, step, CPU)
         work()  # makes the tables of positions
@@ -60,7 +60,7 @@ def test_a_packed_models_sums_and_partial_attention_count_on_a_gpu(tmp_path: Pat
     config = load_model(load, lambda progress: None).config
     big = replace(config, hidden_size=4096, intermediate_size=14336, num_heads=32, head_dim=128)
     step = Step(2048, 64, 131072)
-    plain = Costs(big, torch.bfloat16, is_packed=False, on_gpu=False)
+    plain = Costs(big, torch.bfloat16, torch.bfloat16, is_packed=False, on_gpu=False)
     on_gpu, packed = replace(plain, on_gpu=True), replace(plain, on_gpu=True, is_packed=True)
     assert on_gpu.step_bytes(step) > plain.step_bytes(step)
     # In a step of 512 tokens: fourteen spans of all sums of the last product, in fp32.
@@ -193,7 +193,7 @@ def test_a_loaded_model_gets_what_its_device_has_left(
     make_model(FAMILIES["llama"], tmp_path)
     load = LoadModel("m", str(tmp_path), dtype="float32", max_context=64, device="cpu", threads=1)
     model = load_model(load, lambda progress: None)
-    costs = Costs(model.config, torch.float32, is_packed=False, on_gpu=True)
+    costs = Costs(model.config, torch.float32, torch.float32, is_packed=False, on_gpu=True)
     step = Step(96, 8, 64)
     meter = FakeMeter(22 * GIB, 0)
     meter.peak = peak  # type: ignore[method-assign]
@@ -228,7 +228,7 @@ for pool in (*model.pools.keys, *model.pools.values):
     pool[:600] = 1
 open("/proc/self/clear_refs", "w").write("5")
 compute(model.decoder, model.pools, step, model.device)
-costs = Costs(model.config, torch.float32, is_packed=False, on_gpu=False)
+costs = Costs(model.config, torch.float32, torch.float32, is_packed=False, on_gpu=False)
 print(model.info.weight_bytes, 600 * model.info.block_bytes, costs.step_bytes(step))
 print(status("VmHWM") - before)
 """

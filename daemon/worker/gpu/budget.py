@@ -53,6 +53,7 @@ class Costs:
 
     config: ModelConfig
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     is_packed: bool
     """Some layer's weights are."""
     on_gpu: bool
@@ -191,7 +192,7 @@ def fitting_blocks(
     """(the KV budget in blocks, notes). Computes the largest step once. See `fit` for errors."""
     meter = CudaMeter(device)
     # One block, and the waste block: a step here counts on the latter alone.
-    pools = allocate(costs.config, costs.dtype, device, 1)
+    pools = allocate(costs.config, costs.kv_dtype, device, 1)
     # What is made once: tables of positions, compiled kernels, libraries' workspaces.
     first = Step(1, min(1, step.sequences), step.context)
     meter.peak(partial(compute, decoder, pools, first, device))
@@ -199,7 +200,7 @@ def fitting_blocks(
     needs = Needs(
         weight_bytes, costs.step_bytes(step), costs.reserve_bytes(step, total), step.tokens
     )
-    block = block_bytes(costs.config, costs.dtype)
+    block = block_bytes(costs.config, costs.kv_dtype)
     work = partial(compute, decoder, pools, step, device)
     size, notes = fit(kv_bytes, block, needs, meter, work, device)
     return size // block, notes
