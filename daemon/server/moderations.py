@@ -13,7 +13,7 @@ from quantd.daemon.errors import ModelNotFound, RequestError
 from quantd.daemon.safety.guard import Guard
 from quantd.daemon.safety.policy import Policies, Stage
 from quantd.daemon.safety.screen import Screen
-from quantd.daemon.server.body import read_body
+from quantd.daemon.server.body import decode, read_body
 from quantd.daemon.server.context import Asker, asker
 from quantd.daemon.server.messages import off_loop
 from quantd.daemon.server.models import json_response
@@ -82,10 +82,24 @@ class _Judges:
 
 async def moderations(request: web.Request) -> web.Response:
     body = await read_body(request, _DECODER)
-    who, texts = asker(request), _read_input(body.input)
+    return json_response(await _moderate(asker(request), body))
+
+
+async def answer(raw: bytes, who: Asker) -> ModerationReply:
+    """The answer to a body that does not come with an HTTP request of its own."""
+    return await _moderate(who, decode(raw, _DECODER))
+
+
+async def _moderate(who: Asker, body: ModerationBody) -> ModerationReply:
+    texts = _read_input(body.input)
     judges = _chosen(who, body.model)
     results = [await _moderation(who, judges, text) for text in texts]
-    return json_response(ModerationReply(f"modr-{uuid.uuid4().hex}", judges.name, results))
+    return ModerationReply(f"modr-{uuid.uuid4().hex}", judges.name, results)
+
+
+def check_model(who: Asker, model: str | None) -> None:
+    """Raises ModelNotFound where nothing of this name, or without one, can be asked."""
+    _chosen(who, model)
 
 
 def _read_input(given: str | list[str | ContentPart] | None) -> list[str]:

@@ -821,6 +821,40 @@ async def test_moderations_by_nothing() -> None:
         assert status == 404
 
 
+async def test_lines_of_a_batch_are_moderated(tmp_path: Path) -> None:
+    given = safety(policy(input={"slurs": "block"}, output={"pii": "redact"}))
+
+    def asking(custom_id: str, **body: Any) -> dict[str, Any]:
+        return {"custom_id": custom_id, "method": "POST", "url": MODERATIONS, "body": body}
+
+    async with at_work(tmp_path, safety=given) as served:
+        lines = [
+            asking("plain", input="a bad line"),
+            asking("named", input=["fine", "a@b.de"], model="main"),
+            asking("openai", input="fine", model="omni-moderation-latest"),
+            asking("wrong", input=[]),
+        ]
+        batch = await wait(served, await create(served, lines, endpoint=MODERATIONS))
+        assert batch["request_counts"] == {"total": 4, "completed": 3, "failed": 1}
+        assert batch["usage"]["total_tokens"] == 0
+        results = await contents(served, batch["output_file_id"])
+        flags = {
+            name: [r["flagged"] for r in result["response"]["body"]["results"]]
+            for name, result in results.items()
+        }
+        assert flags == {"plain": [True], "named": [False, True], "openai": [False]}
+        [wrong] = (await contents(served, batch["error_file_id"])).values()
+        assert wrong["response"]["status_code"] == 400
+        assert wrong["response"]["body"]["error"]["param"] == "input"
+        assert not served.engine.requests
+
+        lines = [asking("a", input="x", model="nobody"), asking("b", input="x")]
+        batch = await wait(served, await create(served, lines, endpoint=MODERATIONS))
+        [error] = batch["errors"]["data"]
+        assert (error["param"], error["line"]) == ("body.model", 1)
+        assert "There are: main." in error["message"]
+
+
 async def test_a_failing_guard_moderates_nothing() -> None:
     async with filtering(safety(guard=guard(model="org/tiny"))) as served:
         says(served, "ok", failing)

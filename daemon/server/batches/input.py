@@ -47,7 +47,7 @@ class _Line(msgspec.Struct):
 
 
 class _Body(msgspec.Struct):
-    model: str
+    model: str | None = None
     stream: bool | None = None
 
 
@@ -66,19 +66,21 @@ def body_of(text: bytes) -> bytes:
     return bytes(_LINE.decode(text).body)
 
 
-def read_input(path: Path, endpoint: str, resolve: Callable[[str], Any], line_bytes: int) -> Input:
-    """Checks the whole file, a line at a time; blocks. `resolve` raises RequestError for a model
-    that is not served; a line may have `line_bytes`."""
+def read_input(
+    path: Path, endpoint: str, check_model: Callable[[str | None], object], line_bytes: int
+) -> Input:
+    """Checks the whole file, a line at a time; blocks. `check_model` raises RequestError for a
+    model that is not served; a line may have `line_bytes`."""
     lines: list[Line] = []
     errors: list[BatchError] = []
     seen: dict[str, int] = {}
-    models: dict[str, None] = {}
+    models: dict[str | None, None] = {}
     num_errors = 0
     for number, start, text in _lines(path, line_bytes):
         try:
             custom_id, model = _check(text, endpoint, line_bytes)
             if model not in models:
-                _resolve(resolve, model)
+                _check_model(check_model, model)
                 models[model] = None
             if custom_id in seen:
                 raise _Wrong(
@@ -123,7 +125,7 @@ def _lines(path: Path, line_bytes: int) -> Iterator[tuple[int, int, bytes]]:
             start += length
 
 
-def _check(text: bytes, endpoint: str, line_bytes: int) -> tuple[str, str]:
+def _check(text: bytes, endpoint: str, line_bytes: int) -> tuple[str, str | None]:
     """The line's custom_id and model. Raises _Wrong."""
     if len(text) > line_bytes:
         raise _Wrong("line_too_long", f"the line is longer than the limit of {line_bytes} bytes")
@@ -152,8 +154,8 @@ def _decoded(text: bytes, decoder: msgspec.json.Decoder[Any], where: str = "") -
         raise _Wrong(code, message, param) from None
 
 
-def _resolve(resolve: Callable[[str], Any], model: str) -> None:
+def _check_model(check_model: Callable[[str | None], object], model: str | None) -> None:
     try:
-        resolve(model)
+        check_model(model)
     except RequestError as error:
         raise _Wrong(error.error_code or "model_not_found", error.message, "body.model") from None

@@ -131,14 +131,15 @@ def batch_object(batch: Batch) -> BatchObject:
 
 
 async def create_batch(request: web.Request) -> web.Response:
-    from quantd.daemon.server.batches.endpoints import ENDPOINTS
+    from quantd.daemon.server.batches.endpoints import served
     from quantd.daemon.store import Batch
     from quantd.daemon.store.rows import new_id
 
     context = request.app[CONTEXT]
     body = await read_body(request, _DECODER)
-    if body.endpoint not in ENDPOINTS:
-        raise out_of_range("endpoint", body.endpoint[:100], "one of " + ", ".join(ENDPOINTS))
+    endpoints = served(context.state)
+    if body.endpoint not in endpoints:
+        raise out_of_range("endpoint", body.endpoint[:100], "one of " + ", ".join(endpoints))
     check_metadata(body.metadata)
     now, owner = int(context.clock.wall()), request[CALLER]
     file = await context.state.store.files.get(owner, body.input_file_id, now)

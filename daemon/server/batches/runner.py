@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
@@ -173,7 +174,8 @@ class BatchRunner:
     def _read(self, batch: Batch, asker: Asker) -> Input:
         path = self._store.files.folder / batch.input_file_id
         try:
-            return read_input(path, batch.endpoint, asker.fleet.resolve, self._line_bytes)
+            check_model = partial(ENDPOINTS[batch.endpoint].check_model, asker)
+            return read_input(path, batch.endpoint, check_model, self._line_bytes)
         except OSError as error:
             reason = f"the input file cannot be read: {error.strerror}"
             return Input([], None, [BatchError("invalid_file", reason)])

@@ -234,6 +234,40 @@ def test_moderations(client: Callable[[str], openai.OpenAI]) -> None:
         free.moderations.create(input="x")
 
 
+def test_moderations_in_a_batch(client: Callable[[str], openai.OpenAI], daemon: Daemon) -> None:
+    free = client("free")
+    lines = [
+        {
+            "custom_id": text,
+            "method": "POST",
+            "url": "/v1/moderations",
+            "body": {"model": "closed", "input": text},
+        }
+        for text in (SUM, OTHER)
+    ]
+    data = "\n".join(map(json.dumps, lines)).encode()
+    file = free.files.create(file=("in.jsonl", data), purpose="batch")
+    batch = free.batches.create(
+        input_file_id=file.id,
+        endpoint="/v1/moderations",
+        completion_window="24h",
+    )
+    ended = daemon.wait(
+        lambda: (b := free.batches.retrieve(batch.id)).status in ("completed", "failed") and b
+    )
+    results = [json.loads(line) for line in free.files.content(ended.output_file_id).iter_lines()]
+    replies = {
+        result["custom_id"]: openai.types.ModerationCreateResponse.model_validate(
+            result["response"]["body"]
+        )
+        for result in results
+    }
+    assert {name: reply.results[0].flagged for name, reply in replies.items()} == {
+        SUM: True,
+        OTHER: False,
+    }
+
+
 def test_a_guard_that_cannot_be_loaded(client: Callable[[str], openai.OpenAI]) -> None:
     with pytest.raises(openai.InternalServerError) as caught:
         ask(client("gone"), OTHER)
