@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from quantd.daemon.fleet import ModelStatus
 
 API_VERSION = "0.12.11"
-"""The release of Ollama whose API this is: clients ask for a least one."""
+"""The release of Ollama whose API this is, the first with log probabilities. Its own clients read
+it and ask for none; editors do (VS Code's for 0.6.4, Continue for 0.6.5). A newer number would
+promise what was added since."""
 _NEVER = "9999-12-31T23:59:59Z"
 _PLAIN = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _SHOW = msgspec.json.Decoder(ShowRequest)
