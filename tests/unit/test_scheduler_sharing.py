@@ -310,6 +310,21 @@ def test_sjf_ranks_by_what_is_not_cached() -> None:
     assert order.index(long.id) < order.index(cold.id)
 
 
+@pytest.mark.parametrize("kept", [0, 15, 16, 40])
+def test_a_turn_that_is_written_otherwise_is_known_up_to_its_first_other_token(kept: int) -> None:
+    """A template leaves out what was thought, or text becomes other tokens than those sampled."""
+    loop = StepLoop(num_blocks=64)
+    first = loop.add(0, 60, prompt=PROMPT[:37])
+    loop.run()
+    said = loop.outputs[first.id]
+    again = [*first.request.prompt, *said[:kept], *said[kept + 7 :]]
+    assert again[: 37 + kept + 1] != [*first.request.prompt, *said][: 37 + kept + 1]
+    second = loop.add(0, 3, prompt=[*again, 1, 2, 3])
+    loop.run()
+    loop.check_outputs()
+    assert second.num_cached_tokens == (37 + kept) // BLOCK_TOKENS * BLOCK_TOKENS
+
+
 def test_a_pool_made_smaller_ends_what_can_never_fit() -> None:
     loop = StepLoop(tables=make_tables(32))
     large = loop.add(300, 20)

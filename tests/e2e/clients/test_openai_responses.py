@@ -326,6 +326,43 @@ def test_a_chain_whose_blocks_had_to_leave_goes_on_the_same(
     assert small.metric('quantd_spill_bytes_total{direction="out",tier="host"}') > 0
 
 
+TWO_MODELS = """
+[models.one]
+path = "embedded:demo"
+dtype = "float32"
+threads = 1
+[models.two]
+path = "embedded:demo"
+dtype = "float32"
+threads = 1
+quantization = "int8"
+"""
+
+
+def test_a_chain_goes_on_with_another_model(serve: Callable[..., Daemon], tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(TWO_MODELS)
+    daemon = serve("--config", str(tmp_path / "config.toml"))
+    fields: dict[str, Any] = {"temperature": 0, "max_output_tokens": 24}
+    with connect(daemon) as client:
+        first = client.responses.create(model="one", input=STORY, **fields)
+        second = client.responses.create(
+            model="two", input="Why?", previous_response_id=first.id, **fields
+        )
+        turns: Any = [
+            {"role": "user", "content": STORY},
+            {"role": "assistant", "content": first.output_text},
+            {"role": "user", "content": "Why?"},
+        ]
+        alone = client.responses.create(model="two", input=turns, store=False, **fields)
+        assert (second.model, second.output_text) == ("two", alone.output_text)
+        # Blocks are of one model: those of the first turn are nothing to the second one.
+        assert cached(second) == 0 and cached(alone) > 100
+        third = client.responses.create(
+            model="one", input="And?", previous_response_id=second.id, **fields
+        )
+        assert third.model == "one" and cached(third) > 100
+
+
 def test_hosted_tools_are_refused_by_name(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.responses.create(input="x", tools=[{"type": "web_search"}], **ASK)
