@@ -102,6 +102,7 @@ check: lint types imports test test-triton test-mutations test-portable  ## ever
 fuzz: $(VENV)/.dev  ## 100,000 mutated headers of model files; 1,000 requests to each route
 	PYTHONPATH=tests $(BIN)/python tests/fuzz/fuzz_headers.py --count 100000
 	PYTHONPATH=tests $(BIN)/python tests/fuzz/fuzz_openapi.py --examples 1000
+	PYTHONPATH=tests $(BIN)/python tests/fuzz/fuzz_openapi.py --examples 1000 --filtered
 
 bench: $(VENV)/.dev  ## the server's benchmarks on this machine
 	$(BIN)/python benchmarks/serve.py

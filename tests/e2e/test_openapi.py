@@ -9,7 +9,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from fuzz.fuzz_openapi import run, serve
+from fuzz.fuzz_openapi import FILTERED, POLICY, run, serve
 from harness import Daemon
 
 pytestmark = pytest.mark.xdist_group("openapi")
@@ -40,6 +40,24 @@ def test_schemathesis(daemon: Daemon) -> None:
     assert "No operations" not in done.stdout
     log = daemon.log.read_text()
     assert "Traceback" not in log and '"level":"error"' not in log, log[-4000:]
+
+
+@pytest.mark.timeout(600)
+def test_under_a_safety_policy(tmp_path: Path) -> None:
+    filtering = serve(tmp_path, POLICY)
+    try:
+        options = ("--max-examples", "10", "--phases", "fuzzing", *_TWINS)
+        document = f"{filtering.url}/openapi.json"
+        done = run(document, *options, "--include-path-regex", FILTERED)
+        assert done.returncode == 0, done.stdout[-20_000:]
+        assert "No operations" not in done.stdout
+        log = filtering.log.read_text()
+        assert "Traceback" not in log and '"level":"error"' not in log, log[-4000:]
+        metrics = filtering.get("/metrics", unix=True)[1].decode()
+        for action in ("annotate", "redact", "block"):
+            assert f'quantd_safety_total{{action="{action}"' in metrics
+    finally:
+        filtering.stop()
 
 
 LIES = {

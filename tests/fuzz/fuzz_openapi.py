@@ -14,6 +14,18 @@ from pathlib import Path
 from harness import Daemon
 
 KEY = "key-of-the-fuzzer"
+POLICY = """
+[safety.rules]
+noted = { patterns = ['[0e]'] }
+replaced = { patterns = ['[1-9A-Z]'] }
+refused = { patterns = ['[\\x{80}-\\x{ff}]|z'] }
+[safety.policies.all]
+input = { noted = "annotate", replaced = "redact", refused = "block" }
+output = { noted = "annotate", replaced = "redact", refused = "block" }
+"""
+"""Finds something in most of what schemathesis makes up, and in most answers."""
+FILTERED = "^/(v1/(chat|comp|resp|mess|mod|emb|rerank)|api/(chat|gen|emb))"
+"""Where a policy has a say."""
 
 
 def run(document: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -38,14 +50,15 @@ def run(document: str, *options: str) -> subprocess.CompletedProcess[str]:
         )
 
 
-def serve(folder: Path) -> Daemon:
+def serve(folder: Path, configuration: str = "") -> Daemon:
     """With a short context, so that nothing that is let through runs for long, and with a key, so
     that its absence is tried as well."""
     keys = folder / "keys"
     keys.write_text(f"fuzzer:{KEY}\n")
+    (folder / "config.toml").write_text(configuration)
     return Daemon(
         *("demo", "--dtype", "float32", "--threads", "1", "--max-context", "64"),
-        *("--api-keys-file", str(keys)),
+        *("--api-keys-file", str(keys), "--config", str(folder / "config.toml")),
         folder=folder,
     )
 
@@ -53,10 +66,14 @@ def serve(folder: Path) -> Daemon:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--examples", type=int, default=1000, help="of each operation")
-    examples = parser.parse_args().examples
-    daemon = serve(Path(tempfile.mkdtemp(prefix="quantd-fuzz-")))
+    parser.add_argument("--filtered", action="store_true", help="under a safety policy")
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="quantd-fuzz-"))
+    daemon = serve(folder, POLICY if arguments.filtered else "")
+    chosen = ("--include-path-regex", FILTERED) if arguments.filtered else ()
     try:
-        done = run(f"{daemon.url}/openapi.json", "--max-examples", str(examples))
+        options = ("--max-examples", str(arguments.examples), *chosen)
+        done = run(f"{daemon.url}/openapi.json", *options)
         print(done.stdout)
         log = daemon.log.read_text()
         assert "Traceback" not in log and '"level":"error"' not in log, log[-4000:]
