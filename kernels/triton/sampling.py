@@ -4,6 +4,9 @@ A program takes a whole row, in chunks of CHUNK columns from the lowest id on: w
 on its row and V alone. z <= 0 is ordered by the bits of |z|, its rank: the lower, the likelier. A
 filter is a highest rank, found digit by digit with 16 candidates in each pass over the row, and a
 highest id among the tokens that have just this rank.
+
+Products are rounded before they are added, not fused with the sum: a penalty in other bits would
+be another choice among equals.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import triton.language as tl
 
 from quantd.kernels import sampling
 from quantd.kernels.sampling import SamplingRows
-from quantd.kernels.triton.variant import Variant
+from quantd.kernels.triton.variant import SHARED_LIMIT, Variant
 
 _CHUNK = 2048
 _WARPS = 8
@@ -167,8 +170,7 @@ def _reach(work, vocabulary, most, last, goal, WEIGHTED: tl.constexpr, CHUNK: tl
 
 @triton.jit
 def _nth_of_rank(work, vocabulary, rank, most, last, n, CHUNK: tl.constexpr):
-    """The id of the n-th (from 1) kept token of just this rank; the last id there is if there are
-    fewer."""
+    """The id of the n-th (from 1) kept token of just this rank; `vocabulary` if there are fewer."""
     found = vocabulary
     seen = 0
     for start in range(0, vocabulary, CHUNK):
@@ -295,13 +297,17 @@ def sample_kernel(
     if top_p < 1.0:
         goal = total * top_p
         rank, before = _reach(work, vocabulary, most, last, goal, True, CHUNK)
-        weight = tl.exp(-rank.to(tl.int32).to(tl.float32, bitcast=True)).to(tl.float64)
-        # The first of them that makes the sum reach the goal, and at least one.
-        left = tl.ceil((goal - before) / tl.maximum(weight, 1e-300))
-        left = tl.minimum(tl.maximum(left, 1.0), 2147483647.0).to(tl.int32)
-        last = _nth_of_rank(work, vocabulary, rank, most, last, left, CHUNK)
-        most = rank
-        total = _total(work, vocabulary, most, last, CHUNK)
+        # A goal near the total may lie above all sums, which are rounded in another order.
+        if rank <= most:
+            weight = tl.exp(-rank.to(tl.int32).to(tl.float32, bitcast=True)).to(tl.float64)
+            # The first of them that makes the sum reach the goal, and at least one.
+            left = tl.ceil((goal - before) / tl.maximum(weight, 1e-300))
+            left = tl.minimum(tl.maximum(left, 1.0), 2147483647.0).to(tl.int32)
+            nth = _nth_of_rank(work, vocabulary, rank, most, last, left, CHUNK)
+            # For the same reason there may be fewer, and top-k may have left not all of this rank.
+            last = tl.where(rank == most, tl.minimum(last, nth), nth)
+            most = rank
+            total = _total(work, vocabulary, most, last, CHUNK)
     target = _philox_uniform(tl.load(seeds + r), tl.load(positions + r)) * total
     tl.store(tokens + r, _choose(work, vocabulary, most, last, target, CHUNK))
 
@@ -348,6 +354,7 @@ def sample_rows(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor,
         rows.mask.shape[1],
         CHUNK=_CHUNK,
         num_warps=_WARPS,
+        enable_fp_fusion=False,
     )
     return tokens, highest
 
@@ -368,6 +375,8 @@ def _variant(dtype: str) -> Variant:
         signature,
         {"CHUNK": _CHUNK},
         num_warps=_WARPS,
+        is_fused=False,
+        instructions=dict.fromkeys(SHARED_LIMIT, r"(?s)\A(?!.*fma\.rn\.f32)"),
         aligned=("logits", "work", "row_stride", "vocabulary"),
     )
 

@@ -46,6 +46,8 @@ class Variant:
     constants: Mapping[str, object]
     num_warps: int = 4
     num_stages: int = 2
+    is_fused: bool = True
+    """A product and a sum may be rounded once, as Triton does it unless told not to."""
     aligned: tuple[str, ...] = ()
     """Pointers and integers that are multiples of 16, as the launcher's always are."""
     instructions: Mapping[int, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -102,7 +104,11 @@ def _compile(variant: Variant, backend: str, architecture: int | str, lanes: int
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
     types = dict.fromkeys(variant.constants, "constexpr") | dict(variant.signature)
     source = ASTSource(variant.kernel, {n: types[n] for n in names}, constants, attributes)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    options = {
+        "num_warps": variant.num_warps,
+        "num_stages": variant.num_stages,
+        "enable_fp_fusion": variant.is_fused,
+    }
     target = GPUTarget(backend, architecture, lanes)
     return triton.compile(source, target=target, options=options)
 

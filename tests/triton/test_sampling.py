@@ -230,6 +230,22 @@ def test_all_equal() -> None:
         assert int(tokens.max()) < (top_k or 128) * top_p
 
 
+def test_top_p_brings_nothing_back_that_top_k_and_min_p_have_left_out() -> None:
+    """Also where it asks for more than sums of float32 reach, among tokens that are equal."""
+    count, vocabulary = 24, 130
+    logits = (torch.rand(count, vocabulary) * 3).round() * 0.3
+    rows = replace(
+        plain(count),
+        top_k=torch.randint(1, vocabulary, (count,)).int(),
+        top_p=1 - torch.tensor([1e-7, 1e-9, 2.0**-53] * 8, dtype=torch.float64),
+        min_p=torch.rand(count).double() * 0.8,
+    )
+    tokens, _ = sampling.sample_rows(logits, rows)
+    for r, token in enumerate(tokens.tolist()):
+        z = logits[r] - logits[r].max()
+        assert token in spec.kept_tokens(z, int(rows.top_k[r]), 1.0, float(rows.min_p[r]))
+
+
 def test_probabilities_that_are_nothing() -> None:
     """exp(z) of all but one is 0 in fp32."""
     logits = torch.full((4, 100), -500.0)

@@ -5,6 +5,7 @@ Results are those of `daemon/worker/sampler.py`, to which this is what a launch 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -151,28 +152,28 @@ class DeviceSampler:
     ) -> dict[str, NDArray[Any]]:
         """Masks and edits."""
         num_edits, mask_row = np.zeros(len(rows) + 1, np.int32), np.full(len(rows), -1, np.int32)
-        edits: list[NDArray[np.int32]] = [np.zeros((4, 0), np.int32)]
-        allowed: list[Bits] = []
+        edits: list[Edits] = []
+        allowed: list[Bits] = [np.zeros(0, np.int32)]
         for i, row in enumerate(rows):
             bits = masks.get(i)
             if is_edited(row.sampling):
                 own = self._edits_of(row)
-                edits.append(own.take(row))
-                num_edits[i + 1] = edits[-1].shape[1]
+                own.update(row)
+                edits.append(own)
+                num_edits[i + 1] = len(own.tokens)
                 if own.allowed is not None:
                     bits = own.allowed if bits is None else own.allowed & bits
             if bits is not None:
-                mask_row[i] = len(allowed)
+                mask_row[i] = len(allowed) - 1
                 allowed.append(bits)
-        token, bias, count, flags = np.concatenate(edits, axis=1)
         return {
-            "mask": np.array(allowed, np.int32).reshape(-1, -(-self._vocab_size // 32)),
+            "mask": np.concatenate(allowed).reshape(-1, -(-self._vocab_size // 32)),
             "mask_row": mask_row,
             "edit_start": num_edits.cumsum(dtype=np.int32),
-            "edit_token": token,
-            "edit_bias": bias.view(np.float32),
-            "edit_count": count.view(np.float32),
-            "edit_flags": flags,
+            "edit_token": _joined((own.tokens for own in edits), np.int32),
+            "edit_bias": _joined((own.biases for own in edits), np.float32),
+            "edit_count": _joined((own.counts for own in edits), np.float32),
+            "edit_flags": _joined((own.flags for own in edits), np.int32),
         }
 
     def _edits_of(self, row: SampleRow) -> Edits:
@@ -180,6 +181,11 @@ class DeviceSampler:
         if found is None:
             found = self._edits[row] = Edits(row, self._vocab_size)
         return found
+
+
+def _joined(columns: Iterable[array[Any]], dtype: type[np.generic]) -> NDArray[Any]:
+    # In a bytearray, because torch takes no array that cannot be written to.
+    return np.frombuffer(bytearray().join(columns), dtype)
 
 
 def _numbers(params: Sequence[SamplingParams], vocab_size: int) -> dict[str, NDArray[Any]]:
