@@ -32,7 +32,7 @@ def mixed_row(seq: int, random: np.random.Generator, vocab: int) -> SampleRow:
         seed=int(random.integers(-(2**63), 2**63 - 1)),
         temperature=some(float(random.uniform(0.1, 2)), some(9e-6, 0.0), 0.6),
         top_p=some(float(random.uniform(0.2, 1)), 1.0),
-        top_k=some(some(2**40, int(random.integers(1, vocab + 3))), 0),
+        top_k=some(some(2**40 + 1, int(random.integers(1, vocab + 3))), 0),
         min_p=some(float(random.uniform(0, 0.5)), 0.0),
         repetition_penalty=some(float(random.uniform(0.5, 2)), 1.0),
         presence_penalty=some(float(random.uniform(-2, 2)), 0.0),
