@@ -1,10 +1,9 @@
-"""StepPlan to StepResult: the mirror of the sequences, the batch as tensors, forward, sampling."""
+"""StepPlan to StepResult, one after the other: the batch as tensors, forward, sampling."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quantd.daemon.types import (
-    BLOCK_TOKENS,
     BlockCopy,
     Chunk,
     CompileGrammar,
@@ -22,7 +20,6 @@ from quantd.daemon.types import (
     GrammarCompiled,
     LoadModel,
     ModelInfo,
-    NewSequence,
     PromptLogprobs,
     Sampled,
     StepPlan,
@@ -31,76 +28,19 @@ from quantd.daemon.types import (
     TokenTable,
 )
 from quantd.daemon.worker.disk import DiskTier
-from quantd.daemon.worker.grammar import CPU_OWN_SECONDS, Constraint, Grammars
+from quantd.daemon.worker.grammar import CPU_OWN_SECONDS, Grammars
 from quantd.daemon.worker.host import HostPool
 from quantd.daemon.worker.load import Model, load_model
 from quantd.daemon.worker.loader import Progress
 from quantd.daemon.worker.memory import new_blocks
+from quantd.daemon.worker.mirror import Mirror, MirroredSequence, Wanted, WantedLogprobs
 from quantd.daemon.worker.pooling import PoolingPlan
-from quantd.daemon.worker.sampler import Sampler, SampleRow
+from quantd.daemon.worker.sampler import Sampler
 from quantd.kernels import ops
 
 _LOGIT_ROWS = 64
 """Rows of the output layer at once for prompt log-probabilities: 16 MB in bfloat16 at a
 vocabulary of 128k, where a whole prompt's would be gigabytes."""
-
-
-class _Sequence:
-    """The worker's copy of what the scheduler knows: tokens and block table."""
-
-    __slots__ = ("blocks", "constraint", "num_blocks", "row")
-
-    def __init__(self, new: NewSequence, constraint: Constraint | None) -> None:
-        self.constraint = constraint
-        self.row = SampleRow(new.seq, new.sampling, list(new.tokens), new.num_prompt_tokens)
-        self.blocks: NDArray[np.int32] = np.zeros(16, np.int32)
-        self.num_blocks = 0
-
-    def extend(self, blocks: tuple[int, ...]) -> None:
-        stop = self.num_blocks + len(blocks)
-        if stop > len(self.blocks):
-            self.blocks = np.concatenate((self.blocks, np.zeros(stop, np.int32)))
-        self.blocks[self.num_blocks : stop] = blocks
-        self.num_blocks = stop
-
-
-@dataclass(slots=True)
-class _Logprobs:
-    """The rows of one chunk that predict prompt tokens."""
-
-    sequence: _Sequence
-    start: int
-    """Position of the first token that is predicted."""
-    tokens: list[int]
-    index: int = 0
-    """Of its first row among the rows that are asked for."""
-
-
-class _Wanted:
-    """Which rows of the batch need hidden states, in order, and what for."""
-
-    def __init__(self) -> None:
-        self.rows: list[int] = []
-        self.sampled: list[int] = []
-        """Indices into `rows`."""
-        self.sequences: list[_Sequence] = []
-        """As many as `sampled`."""
-        self.logprobs: list[_Logprobs] = []
-
-    def add(self, sequence: _Sequence, chunk: Chunk, first_row: int) -> None:
-        row = sequence.row
-        if row.sampling.prompt_logprobs is not None and chunk.start < row.num_prompt_tokens - 1:
-            stop = min(chunk.stop, row.num_prompt_tokens - 1)
-            tokens = row.tokens[chunk.start + 1 : stop + 1]
-            wanted = _Logprobs(sequence, chunk.start + 1, tokens, len(self.rows))
-            self.logprobs.append(wanted)
-            self.rows += range(first_row, first_row + stop - chunk.start)
-        if chunk.sample:
-            last = first_row + chunk.stop - chunk.start - 1
-            if not self.rows or self.rows[-1] != last:
-                self.rows.append(last)
-            self.sampled.append(len(self.rows) - 1)
-            self.sequences.append(sequence)
 
 
 class Runner:
@@ -113,7 +53,7 @@ class Runner:
         self._sampler = Sampler(self._model.info.vocab_size)
         own_seconds = CPU_OWN_SECONDS if self._model.device.type == "cpu" else 0.0
         self._grammars = Grammars(self._model.info.vocab_size, own_seconds)
-        self._sequences: dict[int, _Sequence] = {}
+        self._mirror = Mirror(self._grammars.open)
         self._host = HostPool(self._model.pools, self.info.num_host_blocks)
         self._disk_folder, self._disk_bytes = load.disk_kv_path, load.disk_kv_bytes
         self._disk: DiskTier | None = None
@@ -154,13 +94,7 @@ class Runner:
         """Runs one step. Whatever it raises is a bug or a broken machine: the mirror is then no
         longer that of the scheduler, and the worker has to end."""
         started = time.perf_counter()
-        for seq in plan.drop:
-            self._sequences.pop(seq, None)
-        for new in plan.add:
-            assert new.seq not in self._sequences, f"sequence {new.seq} is known already"
-            self._sequences[new.seq] = _Sequence(new, self._grammars.open(new))
-        for rebind in plan.rebinds:
-            self._sequences[rebind.seq].blocks[rebind.index] = rebind.block
+        self._mirror.apply(plan)
         self._model.pools.ensure_blocks(new_blocks(plan))
         copying = time.perf_counter()
         for copy in plan.copies:
@@ -209,52 +143,25 @@ class Runner:
             sequence.row.tokens.append(result.token)
         return sampled, logprobs
 
-    def _sample(self, sequences: Sequence[_Sequence], logits: Tensor) -> list[Sampled]:
+    def _sample(self, sequences: Sequence[MirroredSequence], logits: Tensor) -> list[Sampled]:
         constraints = [sequence.constraint for sequence in sequences]
         masks = self._grammars.wait(constraints)
         rows = [sequence.row for sequence in sequences]
         return self._grammars.advance(constraints, self._sampler.sample(logits, rows, masks))
 
-    def _batch(self, chunks: tuple[Chunk, ...]) -> tuple[Tensor, ops.AttentionBatch, int, _Wanted]:
+    def _batch(self, chunks: tuple[Chunk, ...]) -> tuple[Tensor, ops.AttentionBatch, int, Wanted]:
         """(tokens [T], the batch, a position above all of its, the rows that are asked for)."""
-        lengths = [chunk.stop - chunk.start for chunk in chunks]
-        total, count = sum(lengths), len(chunks)
-        tokens, positions, slots = (np.empty(total, np.int64) for _ in range(3))
-        starts, kv_lens = np.zeros(count + 1, np.int32), np.empty(count, np.int32)
-        wanted, sequences, row = _Wanted(), [], 0
-        for i, (chunk, length) in enumerate(zip(chunks, lengths, strict=True)):
-            sequence = self._sequences[chunk.seq]
-            sequence.extend(chunk.blocks)
-            known = sequence.row.tokens
-            # Before `start` may lie blocks that other sequences have computed, or do in this step.
-            assert 0 <= chunk.start < chunk.stop <= len(known), f"{chunk} of {len(known)} tokens"
-            assert chunk.stop <= sequence.num_blocks * BLOCK_TOKENS, f"{chunk} has no block"
-            assert not chunk.sample or chunk.stop == len(known), f"{chunk} would overwrite a token"
-            stop_row = row + length
-            tokens[row:stop_row] = known[chunk.start : chunk.stop]
-            at = np.arange(chunk.start, chunk.stop)
-            positions[row:stop_row] = at
-            blocks = sequence.blocks[at // BLOCK_TOKENS].astype(np.int64)
-            slots[row:stop_row] = blocks * BLOCK_TOKENS + at % BLOCK_TOKENS
-            wanted.add(sequence, chunk, row)
-            sequences.append(sequence)
-            row = stop_row
-            starts[i + 1], kv_lens[i] = row, chunk.stop
-        stop = max(chunk.stop for chunk in chunks)
-        table = np.zeros((count, -(-stop // BLOCK_TOKENS)), np.int32)
-        for i, sequence in enumerate(sequences):
-            used = -(-chunks[i].stop // BLOCK_TOKENS)
-            table[i, :used] = sequence.blocks[:used]
+        made = self._mirror.batch(chunks)
         batch = ops.AttentionBatch(
-            self._tensor(starts),
-            self._tensor(kv_lens),
-            self._tensor(table),
-            self._tensor(slots),
-            self._tensor(positions),
+            self._tensor(made.starts),
+            self._tensor(made.kv_lens),
+            self._tensor(made.table),
+            self._tensor(made.slots),
+            self._tensor(made.positions),
         )
-        return self._tensor(tokens), batch, stop, wanted
+        return self._tensor(made.tokens), batch, made.stop, made.wanted
 
-    def _prompt_logprobs(self, wanted: _Logprobs, hidden: Tensor) -> PromptLogprobs:
+    def _prompt_logprobs(self, wanted: WantedLogprobs, hidden: Tensor) -> PromptLogprobs:
         k = wanted.sequence.row.sampling.prompt_logprobs
         assert k is not None
         entries: list[TokenLogprob] = []
