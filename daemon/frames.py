@@ -10,6 +10,7 @@ is no way to find the start of the next frame.
 
 from __future__ import annotations
 
+import select
 import socket
 import threading
 from typing import Any, Generic, TypeVar
@@ -98,6 +99,14 @@ class FrameSocket(Generic[Message]):
         self._encoder = FrameEncoder()
         self._sending = threading.Lock()
         self._decoder: FrameDecoder[Message] = FrameDecoder(receives)
+        # Not select.select, which takes no file descriptor beyond 1,023.
+        self._arrivals = select.poll()
+        self._arrivals.register(sock, select.POLLIN)
+
+    def is_readable(self) -> bool:
+        """`receive` has something to read, or the end to tell. Does not wait; for the thread that
+        receives."""
+        return bool(self._arrivals.poll(0))
 
     def send(self, message: ToWorker | FromWorker) -> None:
         """Returns when the kernel has all of it. Raises OSError when the other end is gone."""

@@ -6,11 +6,15 @@ disk tier writes. On a CUDA device the places are pinned and copies run on a str
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from quantd.daemon.types import DiskDone, DiskIndex, LoadModel
+from quantd.daemon.worker.disk import DiskTier
 from quantd.daemon.worker.memory import KvPools
 
 
@@ -40,16 +44,36 @@ class HostPool:
     def spill(self, block: int, place: int) -> None:
         """Copy `block` to `place`."""
         with self._ordered():
-            for part, tensor in self._parts(place):
-                part.copy_(tensor[block].reshape(-1), non_blocking=True)
+            self.save(block, place)
         self._settle()
 
     def fetch(self, place: int, block: int) -> None:
         """Copy `place` to `block`."""
         with self._ordered():
-            for part, tensor in self._parts(place):
-                tensor[block].view(-1).copy_(part, non_blocking=True)
+            self.restore(place, block)
         self._settle()
+
+    def save(self, block: int, place: int) -> None:
+        """Spill in the current stream; the caller sees to the order."""
+        for part, tensor in self._parts(place):
+            part.copy_(tensor[block].reshape(-1), non_blocking=True)
+
+    def restore(self, place: int, block: int) -> None:
+        """Fetch in the current stream; the caller sees to the order."""
+        for part, tensor in self._parts(place):
+            tensor[block].view(-1).copy_(part, non_blocking=True)
+
+    def open_disk(
+        self, load: LoadModel, kv_revision: str, send: Callable[[DiskDone | DiskIndex], None]
+    ) -> DiskTier | None:
+        """Begins to serve the disk tier of these places, if `load` has one; `send` is called from
+        its thread."""
+        if load.disk_kv_path is None or not len(self._places):
+            return None
+        folder, budget = Path(load.disk_kv_path), load.disk_kv_bytes
+        tier = DiskTier(folder, kv_revision, budget, self.place_bytes, self.bytes_of, send)
+        tier.start()
+        return tier
 
     def bytes_of(self, place: int) -> memoryview:
         """A place as the disk reads and writes it; wait for `copied` before."""

@@ -1,9 +1,10 @@
 """The worker process: read a plan, run it, reply. `python -m quantd.daemon.worker.main --fd N`.
 
 Life of a worker: the engine starts it with one end of a socket pair and sends `LoadModel`; the
-worker answers with progress and `ModelInfo`, then with one `StepResult` per `StepPlan`. It ends
-when the engine closes the wire (status 0), when anything fails (a `WorkerFailed` frame, status 1),
-or together with the daemon, by the kernel's hand. It sleeps in `recv` between plans.
+worker answers with progress and `ModelInfo`, then with one `StepResult` per `StepPlan`, in their
+order. It ends when the engine closes the wire (status 0), when anything fails (a `WorkerFailed`
+frame, status 1), or together with the daemon, by the kernel's hand. It sleeps in `recv` between
+plans; only while a step is under way on a device does it look at both, the wire and the step.
 
 Nothing here imports torch until the model is named, so that the first sign of life is quick.
 """
@@ -19,6 +20,7 @@ import signal
 import socket
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -43,22 +45,42 @@ _log = logging.getLogger("quantd.worker")
 
 _PROGRESS_SECONDS = 0.1
 
+_LOOK_SECONDS = 50e-6
+"""Between two looks at the wire and at a step under way. The wait of `poll` counts milliseconds,
+which a step of a small model does not take."""
+
 # <linux/prctl.h>
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 
 OnProgress = Callable[[LoadProgress], None]
+Send = Callable[[StepResult], None]
 
 
 class StepRunner(Protocol):
-    """What the loop needs of `quantd.daemon.worker.runner.Runner`."""
+    """What the loop needs of a runner. All calls are made from one thread."""
 
     @property
     def info(self) -> ModelInfo: ...
 
-    def execute(self, plan: StepPlan) -> StepResult: ...
+    @property
+    def is_under_way(self) -> bool:
+        """A plan's result is still to come, by `poll` or by the next `submit`."""
+        ...
 
-    def release_memory(self, blocks: Sequence[tuple[int, int]]) -> None: ...
+    def submit(self, plan: StepPlan, send: Send) -> None:
+        """Runs a plan, or begins to. Results are sent as they come, in the order of the plans.
+        Whatever it raises is a bug or a broken machine: the mirror is then no longer that of the
+        scheduler, and the worker has to end."""
+        ...
+
+    def poll(self, send: Send) -> None:
+        """Sends the result of what is under way if it has ended. Does not wait."""
+        ...
+
+    def release_memory(self, blocks: Sequence[tuple[int, int]]) -> None:
+        """The bytes of these ranges of blocks are needed by no plan to come."""
+        ...
 
     def open_disk(self, send: Callable[[DiskDone | DiskIndex], None]) -> None:
         """Begins to serve the disk tier, if there is one; `send` is called from its thread."""
@@ -71,6 +93,22 @@ class StepRunner(Protocol):
     ) -> None:
         """Begins to make it ready; `send` is called from a thread of its own."""
         ...
+
+
+class AtOnce(ABC):
+    """A runner whose steps have ended when `submit` returns."""
+
+    is_under_way = False
+
+    @abstractmethod
+    def execute(self, plan: StepPlan) -> StepResult:
+        """As `StepRunner.submit`."""
+
+    def submit(self, plan: StepPlan, send: Send) -> None:
+        send(self.execute(plan))
+
+    def poll(self, send: Send) -> None:
+        raise AssertionError("nothing is under way")
 
 
 MakeRunner = Callable[[LoadModel, OnProgress], StepRunner]
@@ -102,9 +140,9 @@ def serve(wire: FrameSocket[ToWorker], make_runner: MakeRunner) -> int:
         runner = make_runner(load, _Reporter(wire.send))
         wire.send(runner.info)
         runner.open_disk(wire.send)
-        while (message := wire.receive()) is not None:
+        while (message := _next(wire, runner)) is not None:
             if isinstance(message, StepPlan):
-                wire.send(runner.execute(message))
+                runner.submit(message, wire.send)
             elif isinstance(message, ReleaseMemory):
                 runner.release_memory(message.blocks)
             elif isinstance(message, TokenTable):
@@ -119,6 +157,15 @@ def serve(wire: FrameSocket[ToWorker], make_runner: MakeRunner) -> int:
     except Exception as error:
         _report(wire, error)
         return 1
+
+
+def _next(wire: FrameSocket[ToWorker], runner: StepRunner) -> ToWorker | None:
+    """Waits for the next message; a result that comes before it goes out meanwhile."""
+    while runner.is_under_way and not wire.is_readable():
+        runner.poll(wire.send)
+        if runner.is_under_way:
+            time.sleep(_LOOK_SECONDS)
+    return wire.receive()
 
 
 def _report(wire: FrameSocket[ToWorker], error: Exception) -> None:

@@ -1,6 +1,9 @@
-"""StepPlan to StepResult for models that give a vector for each prompt instead of tokens.
+"""Which runner a checkpoint gets; and StepPlan to StepResult for models that give a vector for each
+prompt instead of tokens.
 
-The scheduler treats each prompt as a request for one token; in its place comes a vector.
+The scheduler treats each prompt as a request for one token; in its place comes a vector. On a GPU
+such a step is waited for, as on a CPU: it is a whole batch of prompts, beside which the time
+between two steps does not count.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from quantd.daemon.types import (
 from quantd.daemon.worker.checkpoint import Checkpoint, open_checkpoint
 from quantd.daemon.worker.load_encoder import load_encoder
 from quantd.daemon.worker.loader import Progress
-from quantd.daemon.worker.main import StepRunner
+from quantd.daemon.worker.main import AtOnce, StepRunner
 from quantd.daemon.worker.pooling import PoolingPlan, plan_pooling, pool, vectors
 from quantd.daemon.worker.runner import Runner
 
@@ -55,7 +58,7 @@ def open_runner(load: LoadModel, on_progress: Progress) -> StepRunner:
     return DecoderRunner(load, plan, on_progress)
 
 
-class EncoderRunner:
+class EncoderRunner(AtOnce):
     """One encoder. It keeps nothing between steps: each prompt is computed by its one chunk."""
 
     def __init__(

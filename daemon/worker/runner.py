@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from quantd.daemon.worker.grammar import CPU_OWN_SECONDS, Grammars
 from quantd.daemon.worker.host import HostPool
 from quantd.daemon.worker.load import Model, load_model
 from quantd.daemon.worker.loader import Progress
+from quantd.daemon.worker.main import AtOnce
 from quantd.daemon.worker.memory import new_blocks
 from quantd.daemon.worker.mirror import Mirror, MirroredSequence, Wanted, WantedLogprobs
 from quantd.daemon.worker.pooling import PoolingPlan
@@ -43,7 +43,7 @@ _LOGIT_ROWS = 64
 vocabulary of 128k, where a whole prompt's would be gigabytes."""
 
 
-class Runner:
+class Runner(AtOnce):
     """One loaded model. Plans are executed strictly in order, from one thread."""
 
     def __init__(
@@ -55,21 +55,12 @@ class Runner:
         self._grammars = Grammars(self._model.info.vocab_size, own_seconds)
         self._mirror = Mirror(self._grammars.open)
         self._host = HostPool(self._model.pools, self.info.num_host_blocks)
-        self._disk_folder, self._disk_bytes = load.disk_kv_path, load.disk_kv_bytes
+        self._load = load
         self._disk: DiskTier | None = None
 
     def open_disk(self, send: Callable[[DiskDone | DiskIndex], None]) -> None:
         """Begins to serve the disk tier, if there is one; `send` is called from its thread."""
-        if self._disk_folder is not None and self.info.num_host_blocks:
-            self._disk = DiskTier(
-                Path(self._disk_folder),
-                self.info.kv_revision,
-                self._disk_bytes,
-                self._host.place_bytes,
-                self._host.bytes_of,
-                send,
-            )
-            self._disk.start()
+        self._disk = self._host.open_disk(self._load, self.info.kv_revision, send)
 
     def release_memory(self, blocks: Sequence[tuple[int, int]]) -> None:
         """The bytes of these ranges of blocks are not needed; their memory goes back."""

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -35,7 +36,15 @@ from quantd.daemon.types import (
     ToWorker,
     WorkerFailed,
 )
-from quantd.daemon.worker.main import MakeRunner, OnProgress, StepRunner, _Reporter, serve
+from quantd.daemon.worker.main import (
+    AtOnce,
+    MakeRunner,
+    OnProgress,
+    Send,
+    StepRunner,
+    _Reporter,
+    serve,
+)
 
 STUCK_WORKER = str(Path(__file__).parents[1] / "fixtures" / "stuck_worker.py")
 LOAD = LoadModel("m", "/models/m")
@@ -44,7 +53,7 @@ FIRST = StepPlan(
 )
 
 
-class Runner:
+class Runner(AtOnce):
     """A runner whose model is `FakeWorker`."""
 
     def __init__(self, error: Exception | None = None) -> None:
@@ -120,6 +129,60 @@ def test_loads_and_serves_until_the_wire_closes(talk: Talk) -> None:
     results = [answer for answer in answers[2:] if isinstance(answer, StepResult)]
     assert [result.step for result in results] == [1, 2, 3]
     assert [len(result.sampled) for result in results] == [1, 0, 0]
+
+
+class SlowRunner(Runner):
+    """A step ends when it was looked at three times, or when the next one begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left: list[StepPlan] = []
+        self.looks = 0
+
+    @property
+    def is_under_way(self) -> bool:  # type: ignore[override]
+        return bool(self.left)
+
+    def submit(self, plan: StepPlan, send: Send) -> None:
+        self.left.append(plan)
+        self._finish(send, 1)
+
+    def poll(self, send: Send) -> None:
+        self.looks += 1
+        if self.looks % 3 == 0:
+            self._finish(send, 0)
+
+    def _finish(self, send: Send, keep: int) -> None:
+        while len(self.left) > keep:
+            send(self.execute(self.left.pop(0)))
+
+
+def test_a_result_goes_out_before_the_next_message_comes() -> None:
+    ours, theirs = socket.socketpair()
+    runner = SlowRunner()
+    engine: FrameSocket[FromWorker] = FrameSocket(ours, FromWorker)
+    serving = threading.Thread(
+        target=serve, args=(FrameSocket(theirs, ToWorker), lambda load, on_progress: runner)
+    )
+    with ours, theirs:
+        serving.start()
+        engine.send(LOAD)
+        assert engine.receive() == model_info()
+        for step in (1, 2, 3):
+            engine.send(StepPlan(step, ()))
+            result = engine.receive()
+            assert isinstance(result, StepResult) and result.step == step
+        assert runner.looks == 9 and not runner.is_under_way
+        ours.shutdown(socket.SHUT_WR)
+        serving.join()
+
+
+def test_results_keep_the_order_of_the_plans(talk: Talk) -> None:
+    """All plans are there when the first one is read; the last one's result has no reader."""
+    plans = [StepPlan(step, ()) for step in range(1, 5)]
+    status, answers = talk(lambda load, on_progress: SlowRunner(), LOAD, *plans)
+    assert status == 0
+    assert [answer.step for answer in answers if isinstance(answer, StepResult)] == [1, 2, 3]
 
 
 def test_grammars_are_answered_in_between(talk: Talk) -> None:
