@@ -196,7 +196,7 @@ class Grammars:
             seconds[id(masks)] = masks.seconds
             constraint.error = masks.errors[constraint.row] or None
             if constraint.error is None:
-                found[i] = masks.bits[constraint.row]
+                found[i] = masks.bits[constraint.row, : -(-self._vocab_size // 32)]
         if seconds:
             waited = self._own + time.perf_counter() - started
             self._timing = MaskTiming(len(found), sum(seconds.values()), waited)

@@ -35,6 +35,7 @@ from quantd.daemon.types import (
     TokenTable,
 )
 from quantd.daemon.worker.checkpoint import Checkpoint, open_checkpoint
+from quantd.daemon.worker.load import choose_device, load_model
 from quantd.daemon.worker.load_encoder import load_encoder
 from quantd.daemon.worker.loader import Progress
 from quantd.daemon.worker.main import AtOnce, StepRunner
@@ -48,14 +49,24 @@ def open_runner(load: LoadModel, on_progress: Progress) -> StepRunner:
     """The runner of whatever stands at `load.path`."""
     path = Path(load.path)
     if load.task != "embed" and path.suffix == ".gguf":
-        return Runner(load, on_progress)  # it says of no file that it embeds
+        return _open_generating(load, on_progress)  # it says of no file that it embeds
     checkpoint = open_checkpoint(path)
     plan = plan_pooling(load, checkpoint.path, checkpoint.config)
     if plan is None:
-        return Runner(load, on_progress)
+        return _open_generating(load, on_progress)
     if plan.is_encoder:
         return EncoderRunner(load, checkpoint, plan, on_progress)
     return DecoderRunner(load, plan, on_progress)
+
+
+def _open_generating(load: LoadModel, on_progress: Progress) -> StepRunner:
+    device = choose_device(load.device)
+    if device.type == "cpu":
+        return Runner(load, on_progress)
+    from quantd.daemon.worker.gpu.cuda import CudaQueue
+    from quantd.daemon.worker.gpu.runner import GpuRunner
+
+    return GpuRunner(load_model(load, on_progress), load, CudaQueue(device))
 
 
 class EncoderRunner(AtOnce):

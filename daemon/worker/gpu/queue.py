@@ -58,13 +58,21 @@ class Queue(Protocol):
     def mark(self) -> Mark:
         """A mark behind all that is in the computing stream now."""
 
+    def seconds(self, begun: Mark, ended: Mark) -> float:
+        """Of the device's clock, between two marks that are reached."""
+
     def pinned(self, num_bytes: int) -> Tensor:
         """uint8 [num_bytes] of pinned memory, zeros."""
 
     def record(self, work: Work) -> Graph:
         """Records work without doing it. It allocates from memory that the graph keeps, and
-        torch.OutOfMemoryError is raised when there is none."""
+        torch.OutOfMemoryError is raised when there is none. A graph is kept until what replays it
+        is done."""
 
     def settle(self) -> None:
         """Returns when both streams are empty. Never within a step: at the end, and where memory
         is given back."""
+
+    def give_back(self) -> None:
+        """Memory that is kept for what may come next goes back to the device; to be called when
+        the queue is settled."""

@@ -56,6 +56,17 @@ class Decoder:
         """None: nobody will ask for logits."""
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states."""
+        return self._dtype
+
+    def reserve(self, stop: int) -> None:
+        """Nothing of the decoder moves in memory while positions are below `stop`: what was
+        recorded of it stays valid."""
+        for rope in self._ropes:
+            rope.reserve(stop)
+
+    @property
     def waits(self) -> bool:
         """On a GPU: `forward` waits for it and cannot be recorded, because the weights of some
         experts are not stacked."""

@@ -228,9 +228,13 @@ class RopeTable:
 
     def at(self, positions: Tensor, stop: int) -> tuple[Tensor, Tensor]:
         """positions int64 [T], all below `stop` -> (cos, sin), each fp32 [T, rotary_dim / 2]."""
+        self.reserve(stop)
+        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+
+    def reserve(self, stop: int) -> None:
+        """The tables lie where they are until a position at or above `stop` is asked for."""
         if stop > len(self._cos):
             self._grow(stop)
-        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
 
     def _grow(self, stop: int) -> None:
         # Doubled, so that a sequence that grows by a token copies the tables seldom.

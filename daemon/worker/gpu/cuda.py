@@ -1,0 +1,90 @@
+"""The queue of a CUDA device: two streams, events, pinned memory, recorded graphs.
+
+It has not run on a GPU yet (docs/gpus.md); what is put into it was, by the tests' queue.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from quantd.daemon.worker.gpu.queue import Graph, Mark, Work
+
+
+class CudaMark:
+    """An event in the computing stream, with its time."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self.event.record(stream)
+
+    def is_reached(self) -> bool:
+        return bool(self.event.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+
+class CudaQueue:
+    """Makes a stream of its own the current one of the calling thread, for good: torch's allocator
+    reuses memory in the order of the stream that was current when it was asked."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        torch.cuda.synchronize(device)  # what was loaded was on the default stream
+        self._compute = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        torch.cuda.set_stream(self._compute)
+        # One for all graphs: they run one after another, so that one's memory may be the next's.
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def run(self, work: Work) -> None:
+        work()
+
+    def copy(self, work: Work) -> None:
+        self._copying.wait_stream(self._compute)
+        with torch.cuda.stream(self._copying):
+            work()
+        self._compute.wait_stream(self._copying)
+
+    def upload(self, source: Tensor, target: Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+    def download(self, source: Tensor, target: Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+    def mark(self) -> Mark:
+        return CudaMark(self._compute)
+
+    def seconds(self, begun: Mark, ended: Mark) -> float:
+        assert isinstance(begun, CudaMark) and isinstance(ended, CudaMark)
+        return float(begun.event.elapsed_time(ended.event)) / 1000
+
+    def pinned(self, num_bytes: int) -> Tensor:
+        return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def record(self, work: Work) -> Graph:
+        # Not torch.cuda.graph, which waits for the device and empties the cache before. Other
+        # threads (the disk's, the masks') may do as they like meanwhile: "thread_local".
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            work()
+        except BaseException:
+            with suppress(RuntimeError):  # the recording is void, which it says as well
+                graph.capture_end()
+            raise
+        graph.capture_end()
+        return graph
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self._device)
+
+    def give_back(self) -> None:
+        torch.cuda.empty_cache()
