@@ -81,6 +81,7 @@ __all__ = [
     "pack_grouped",
     "pack_linear",
     "paged_attention",
+    "reads_nothing",
     "rms_norm",
     "rotary",
     "rotary_write_kv",
@@ -315,6 +316,15 @@ def notes(dtype: torch.dtype | None = None, device: torch.device | None = None) 
     if problem is not None and linear_route(torch.device("cpu"), torch.bfloat16) != "pairs":
         found.append(f"bfloat16 linear layers do without oneDNN's packed weights: {problem}")
     return tuple(found)
+
+
+def reads_nothing(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """No operation of a decoder reads a tensor on the host, so that a graph can hold them all. The
+    specifications do, which run where a faster operation is not to be had."""
+    if device.type == "cuda":
+        is_checked = dtype in DTYPES and not checked(device, dtype).problems
+        return is_checked and head_dim <= _MAX_GPU_HEAD_DIM
+    return native() is not None and head_dim % 16 == 0
 
 
 def set_num_threads(n: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantd.daemon.types import LoadProgress
-from quantd.daemon.worker.embedding import Embedding
+from quantd.daemon.worker.embedding import Embedding, unpacked
 from quantd.daemon.worker.models.config import CheckpointConfig
 from quantd.daemon.worker.models.names import ModelTensors
 from quantd.daemon.worker.stacked import Stacks
@@ -178,7 +178,8 @@ def load_weights(
         for (name, spec), choice in zip(tensors.linears.items(), choices.linears, strict=True)
     }
     sizes = {name: spec.out_features * spec.in_features for name, (spec, _) in specs.items()}
-    total = sum(sizes.values()) * next(iter(tensors.linears.values())).dtype.itemsize
+    dtype = next(iter(tensors.linears.values())).dtype
+    total = sum(sizes.values()) * dtype.itemsize
     progress(LoadProgress("weights", 0, total))
     linears: dict[str, QuantLinear] = {}
     stacks = Stacks(tensors, device)
@@ -213,7 +214,9 @@ def load_weights(
     tables = {
         name: _vector(source, table.source, device, 0.0) for name, table in tensors.tables.items()
     }
-    embedding = _embedding(choices.embedding.quantizer, source, tensors.embedding, device)
+    embedding = _embedding(
+        choices.embedding.quantizer, source, tensors.embedding, config.vocab_size, device, dtype
+    )
     nbytes = sum(linear.nbytes for linear in linears.values())
     nbytes += sum(vector.nbytes for vector in vectors.values())
     nbytes += sum(table.nbytes for table in tables.values())
@@ -227,9 +230,18 @@ def load_weights(
 
 
 def _embedding(
-    quantizer: Quantizer, source: TensorSource, name: str, device: torch.device
+    quantizer: Quantizer,
+    source: TensorSource,
+    name: str,
+    num_rows: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Embedding:
-    table = source.read(name).to(device) if source.dtype(name) in _FLOATS else None
+    table: Tensor | None = None
+    if source.dtype(name) in _FLOATS:
+        table = source.read(name).to(device)
+    elif device.type != "cpu":
+        table = unpacked(quantizer, name, source, num_rows, device, dtype)
     return Embedding(quantizer, name, source, device, table)
 
 

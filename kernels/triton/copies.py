@@ -48,7 +48,9 @@ def copy_blocks(pools: Sequence[torch.Tensor], copies: Sequence[tuple[int, int]]
     assert all(p.shape == first.shape and p.dtype == first.dtype for p in pools), "pools differ"
     assert first[0].nbytes % 4 == 0, f"a block has {first[0].nbytes} bytes"
     numbers = [pool.data_ptr() for pool in pools] + [number for pair in copies for number in pair]
-    table = torch.tensor(numbers, dtype=torch.int64).to(first.device)
+    # Without non_blocking torch would wait until the stream gets here. CUDA has taken the numbers
+    # when the call returns, since they are not pinned.
+    table = torch.tensor(numbers, dtype=torch.int64).to(first.device, non_blocking=True)
     words = first[0].nbytes // 4
     copy_kernel[(len(pools), triton.cdiv(words, _WORDS))](
         table[: len(pools)],

@@ -193,7 +193,17 @@ def test_a_size_is_recorded_the_second_time_and_replayed_after_it(pair: Pair) ->
     assert (counted(queue, "record"), counted(queue, "replay")) == (1, 4)
 
 
-def test_few_graphs_are_kept(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_recorded_where_operations_read(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "reads_nothing", lambda device, dtype, head_dim: False)
+    plans = decodes(5, prompt_of(20), prompt_of(9), prompt_of(17))
+    queue = FakeQueue(1)
+    assert bits(Driver(pair.device(queue), queue).run(plans)) == expected(pair, plans)
+    assert counted(queue, "record") == counted(queue, "replay") == 0
+
+
+def test_few_graphs_are_kept(pair: Pair) -> None:
     queue = FakeQueue(2)
     runner = pair.device(queue)
     runner._graphs._most = 1

@@ -88,6 +88,9 @@ class GpuRunner:
         self._decoded = self._rows_of_hidden(0)
         """What decodes leave, at a fixed place for graphs. One step's at a time: what reads it is
         in the queue before the next step is launched."""
+        self._is_recordable = ops.reads_nothing(
+            queue.device, model.decoder.dtype, model.config.head_dim
+        )
         self._under_way: _Step | None = None
         model.decoder.reserve(model.info.max_context)
 
@@ -151,7 +154,8 @@ class GpuRunner:
         if plan.chunks:
             batch = self._mirror.batch(plan.chunks)
             step.wanted = batch.wanted
-            compute = self._decode if is_decode(batch) else self._compute
+            is_recorded = self._is_recordable and is_decode(batch)
+            compute = self._decode if is_recorded else self._compute
             self._attempt(lambda: compute(batch, step.hidden))
         return step
 

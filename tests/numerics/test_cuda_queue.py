@@ -1,0 +1,147 @@
+"""What the queue of a CUDA device asks of torch, without a GPU: streams, events and graphs that
+only write down what was asked of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from quantd.daemon.worker.gpu.cuda import CudaQueue
+
+
+class Stream:
+    names = iter(())
+
+    def __init__(self, device: torch.device) -> None:
+        self.name = next(Stream.names)
+        self.log = Log.lines
+
+    def wait_stream(self, other: Stream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+class Log:
+    lines: list[str] = []
+
+
+class Event:
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self, stream: Stream) -> None:
+        Log.lines.append(f"mark in {stream.name}")
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        Log.lines.append("wait for the mark")
+
+    def elapsed_time(self, other: Event) -> float:
+        return 5.0
+
+
+class CUDAGraph:
+    def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+        Log.lines.append(f"record into {pool}, {capture_error_mode}")
+
+    def capture_end(self) -> None:
+        Log.lines.append("recorded")
+
+    def replay(self) -> None:
+        Log.lines.append("replay")
+
+
+@pytest.fixture
+def queue(monkeypatch: pytest.MonkeyPatch) -> CudaQueue:
+    Log.lines = []
+    Stream.names = iter(("compute", "copying"))  # type: ignore[assignment]
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        Log.lines.append(f"on {stream.name}:")
+        yield
+
+    def note(line: str) -> Any:
+        return lambda *args, **kwargs: Log.lines.append(line)
+
+    for name, other in {
+        "Stream": Stream,
+        "Event": Event,
+        "CUDAGraph": CUDAGraph,
+        "stream": on,
+        "set_stream": lambda stream: Log.lines.append(f"current: {stream.name}"),
+        "graph_pool_handle": lambda: "the pool",
+        "synchronize": note("all is done"),
+        "empty_cache": note("give back"),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, other)
+    return CudaQueue(torch.device("cuda:0"))
+
+
+def test_the_computing_stream_becomes_the_current_one(queue: CudaQueue) -> None:
+    assert Log.lines == ["all is done", "current: compute"]
+
+
+def test_a_copy_comes_after_all_before_it_and_before_all_after_it(queue: CudaQueue) -> None:
+    Log.lines = []
+    queue._compute.log = queue._copying.log = Log.lines  # type: ignore[attr-defined]
+    queue.copy(lambda: Log.lines.append("copy"))
+    queue.run(lambda: Log.lines.append("work"))
+    assert Log.lines == [
+        "copying waits for compute",
+        "on copying:",
+        "copy",
+        "compute waits for copying",
+        "work",
+    ]
+
+
+def test_marks_are_in_the_computing_stream(queue: CudaQueue) -> None:
+    begun, ended = queue.mark(), queue.mark()
+    assert not ended.is_reached()
+    ended.wait()
+    assert queue.seconds(begun, ended) == 0.005
+    assert Log.lines[-3:] == ["mark in compute", "mark in compute", "wait for the mark"]
+
+
+def test_recording_waits_for_nothing(queue: CudaQueue) -> None:
+    Log.lines = []
+    queue.record(lambda: Log.lines.append("work")).replay()
+    assert Log.lines == ["record into the pool, thread_local", "work", "recorded", "replay"]
+
+
+def test_a_recording_that_finds_no_memory_is_ended(queue: CudaQueue) -> None:
+    def work() -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    Log.lines = []
+    with pytest.raises(torch.OutOfMemoryError):
+        queue.record(work)
+    assert Log.lines[-1] == "recorded"
+    queue.settle()
+    queue.give_back()
+    assert Log.lines[-2:] == ["all is done", "give back"]
+
+
+def test_uploads_and_downloads_do_not_wait(
+    queue: CudaQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    original = torch.Tensor.copy_
+
+    def copy(self: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> Any:
+        asked.append(non_blocking)
+        return original(self, source)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    source, target = torch.arange(4), torch.zeros(4, dtype=torch.int64)
+    queue.upload(source, target)
+    assert target.tolist() == [0, 1, 2, 3]
+    queue.download(source + 1, target)
+    assert target.tolist() == [1, 2, 3, 4]
+    assert asked == [True, True]
