@@ -84,7 +84,7 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> CudaQueue:
 
 
 def test_the_computing_stream_becomes_the_current_one(queue: CudaQueue) -> None:
-    assert Log.lines == ["all is done", "current: compute"]
+    assert Log.lines == ["all is done", "give back", "current: compute"]
 
 
 def test_a_copy_comes_after_all_before_it_and_before_all_after_it(queue: CudaQueue) -> None:
@@ -126,6 +126,29 @@ def test_a_recording_that_finds_no_memory_is_ended(queue: CudaQueue) -> None:
     queue.settle()
     queue.give_back()
     assert Log.lines[-2:] == ["all is done", "give back"]
+
+
+def test_a_graph_that_cuda_finds_no_memory_for(
+    queue: CudaQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = queue.record(lambda: None)
+
+    def fail(message: str) -> Any:
+        def raising(self: CUDAGraph) -> None:
+            raise RuntimeError(message)
+
+        return raising
+
+    monkeypatch.setattr(CUDAGraph, "replay", fail("CUDA error: out of memory"))
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA error"):
+        graph.replay()
+    monkeypatch.setattr(CUDAGraph, "capture_end", fail("CUDA error: out of memory"))
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA error"):
+        queue.record(lambda: None)
+    monkeypatch.setattr(CUDAGraph, "replay", fail("CUDA error: an illegal memory access"))
+    with pytest.raises(RuntimeError, match="illegal") as caught:
+        graph.replay()
+    assert not isinstance(caught.value, torch.OutOfMemoryError)
 
 
 def test_uploads_and_downloads_do_not_wait(

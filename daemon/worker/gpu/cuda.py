@@ -5,7 +5,8 @@ It has not run on a GPU yet (docs/gpus.md); what is put into it was, by the test
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -27,13 +28,35 @@ class CudaMark:
         self.event.synchronize()
 
 
+class CudaGraph:
+    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+        self._graph = graph
+
+    def replay(self) -> None:
+        with _memory_errors():
+            self._graph.replay()
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """CUDA takes memory of its own for a graph, and torch has no class for that error."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from None
+
+
 class CudaQueue:
     """Makes a stream of its own the current one of the calling thread, for good: torch's allocator
     reuses memory in the order of the stream that was current when it was asked."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        torch.cuda.synchronize(device)  # what was loaded was on the default stream
+        # What was loaded was on the default stream, and what torch keeps is for that one.
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
         self._compute = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         torch.cuda.set_stream(self._compute)
@@ -80,8 +103,9 @@ class CudaQueue:
             with suppress(RuntimeError):  # the recording is void, which it says as well
                 graph.capture_end()
             raise
-        graph.capture_end()
-        return graph
+        with _memory_errors():
+            graph.capture_end()
+        return CudaGraph(graph)
 
     def settle(self) -> None:
         torch.cuda.synchronize(self._device)

@@ -6,6 +6,7 @@ recorded for some shapes finds its inputs where they were.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,7 +120,7 @@ def _places(fields: Sequence[Field]) -> tuple[list[int], int]:
     starts, stop = [], 0
     for dtype, shape in fields:
         starts.append(stop)
-        num_bytes = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        num_bytes = dtype.itemsize * math.prod(shape)
         stop += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
     return starts, stop
 
@@ -127,7 +128,7 @@ def _places(fields: Sequence[Field]) -> tuple[list[int], int]:
 def _views(buffer: Tensor, starts: Sequence[int], fields: Sequence[Field]) -> list[Tensor]:
     views = []
     for start, (dtype, shape) in zip(starts, fields, strict=True):
-        num_bytes = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        num_bytes = dtype.itemsize * math.prod(shape)
         views.append(buffer[start : start + num_bytes].view(dtype).view(shape))
     return views
 

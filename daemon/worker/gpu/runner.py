@@ -70,8 +70,8 @@ class GpuRunner:
     between two calls, two within `submit`.
 
     `StepResult.seconds` is the device's time from the end of the step before, or from the launch
-    where the device had nothing to do, to this step's own end, waits for masks included;
-    `copy_seconds` is the part of it until the copies were done.
+    where the device had nothing to do, to this step's own end; `copy_seconds` is the part of it
+    until the copies were done. `mask_wait_seconds` is the host's time, beside the forward pass.
     """
 
     def __init__(self, model: Model, load: LoadModel, queue: Queue) -> None:
@@ -88,7 +88,7 @@ class GpuRunner:
         self._decoded = self._rows_of_hidden(0)
         """What decodes leave, at a fixed place for graphs. One step's at a time: what reads it is
         in the queue before the next step is launched."""
-        self._is_recordable = ops.reads_nothing(
+        self._is_recordable = not model.decoder.waits and ops.reads_nothing(
             queue.device, model.decoder.dtype, model.config.head_dim
         )
         self._under_way: _Step | None = None
