@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # The newest release of the tested range; a torch that is already in the environment is kept.
 TORCH  ?= torch==2.13.0
 
-.PHONY: help serve stop test test-portable test-triton test-mutations test-clients fuzz test-systemd check lint types imports bench clean
+.PHONY: help serve stop test test-portable test-triton test-mutations test-gpu test-gpu-dry test-clients fuzz test-systemd check lint types imports bench clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -82,6 +82,14 @@ test-triton: $(VENV)/.dev  ## the GPU kernels in Triton's interpreter, which nee
 test-mutations: $(VENV)/.dev  ## the proofs of the GPU kernels fail when a kernel is broken on purpose
 	$(BIN)/python -m pytest -q -n 2 tests/mutations
 
+# The same end-to-end tests, of daemons whose models are on the GPU, after the tests of the GPU itself.
+test-gpu: $(VENV)/.dev  ## the tests of a GPU, then the end-to-end tests on it
+	QUANTD_TEST_DEVICE=cuda $(BIN)/python -m pytest -q -m gpu tests/gpu
+	QUANTD_TEST_DEVICE=cuda $(BIN)/python -m pytest -q -m "not slow and not clients" tests/e2e
+
+test-gpu-dry: $(VENV)/.dev  ## the bodies of the GPU's tests on small CPU tensors: do they work?
+	QUANTD_GPU_TESTS_ON_CPU=1 $(BIN)/python -m pytest -q -n 2 -m gpu tests/gpu
+
 ROOT := $(abspath $(VENV))/debian
 test-systemd: $(VENV)/.dev  ## the units in a booted container: root, debootstrap, systemd-nspawn
 	@test -d $(ROOT)/etc || debootstrap --variant=minbase --include=systemd,dbus bookworm $(ROOT)
@@ -97,7 +105,7 @@ types: $(VENV)/.dev .src/quantd  ## mypy, strict
 imports: $(VENV)/.dev  ## who may import whom
 	$(BIN)/lint-imports
 
-check: lint types imports test test-triton test-mutations test-portable  ## everything that CI runs
+check: lint types imports test test-triton test-mutations test-gpu-dry test-portable  ## everything that CI runs
 
 fuzz: $(VENV)/.dev  ## 100,000 mutated headers of model files; 1,000 requests to each route
 	PYTHONPATH=tests $(BIN)/python tests/fuzz/fuzz_headers.py --count 100000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,12 @@ def test_too_long_a_prompt_names_the_numbers(demo: Daemon) -> None:
     assert status == 400 and error["code"] == "context_length_exceeded"
     assert "maximum context length is 8192 tokens" in error["message"]
     assert "9000" in error["message"]
+
+
+def test_the_model_is_on_the_device_that_is_tested(demo: Daemon) -> None:
+    (model,) = json.loads(demo.get("/admin/models", unix=True)[1])["models"]
+    wanted = os.environ.get("QUANTD_TEST_DEVICE", "cpu")
+    assert model["info"]["device"].partition(":")[0] == wanted
 
 
 def test_administration_is_on_the_unix_socket_only(demo: Daemon) -> None:

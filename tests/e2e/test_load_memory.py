@@ -12,6 +12,8 @@ import shapes
 from harness import Daemon
 from safetensors.torch import save_file
 
+pytestmark = pytest.mark.cpu
+
 _SHAPE = {
     "hidden_size": 1024,
     "num_hidden_layers": 8,

@@ -62,7 +62,8 @@ def _served(folder: Path, made: Path) -> Path:
 def _reference(folder: Path) -> LlamaForCausalLM:
     """transformers' model with the weights that the format defines."""
     model: Model = load_model(
-        LoadModel("m", str(folder), max_context=64, threads=1, dtype="float32"), lambda p: None
+        LoadModel("m", str(folder), max_context=64, threads=1, dtype="float32", device="cpu"),
+        lambda p: None,
     )
     config = json.loads((folder / "config.json").read_text())
     config.pop("quantization_config")

@@ -9,11 +9,14 @@ from __future__ import annotations
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
-from numerics.tiny import Family, make_model, prompt_of
+from gpu_harness import DEVICE, MARKS, NEEDS_STREAMS
+from gpu_models import write
+from gpu_steps import GREEDY, Steps, spills
+from numerics.tiny import prompt_of
 from torch import Tensor
 
 from quantd.daemon.types import (
@@ -22,23 +25,15 @@ from quantd.daemon.types import (
     DiskDone,
     DiskIndex,
     DiskOp,
-    LoadModel,
     NewSequence,
-    SamplingParams,
-    StepPlan,
     StepResult,
 )
 from quantd.daemon.worker.host import HostPool
 from quantd.daemon.worker.memory import KvPools
-from quantd.daemon.worker.runner import Runner
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+pytestmark = MARKS
 
 _cuda: Any = torch.cuda
-DEVICE = torch.device("cuda:0")
 LONG = 400_000_000
 """Cycles: a fifth of a second or more."""
 NUM_LAYERS, NUM_BLOCKS, NUM_PLACES = 3, 8, 8
@@ -94,6 +89,7 @@ def hold(tensors: list[Tensor], value: float) -> bool:
     return all(bool(torch.all(tensor == value)) for tensor in tensors)
 
 
+@NEEDS_STREAMS
 def test_places_are_pinned_and_nobody_waits_for_a_copy(parts: Parts) -> None:
     assert parts.host._places.is_pinned()
     assert parts.host._stream != _cuda.current_stream(DEVICE)
@@ -107,6 +103,7 @@ def test_places_are_pinned_and_nobody_waits_for_a_copy(parts: Parts) -> None:
     assert hold(parts.read(2), 1)
 
 
+@NEEDS_STREAMS
 def test_a_spill_waits_for_the_step_that_fills_its_block(parts: Parts) -> None:
     _cuda._sleep(LONG)
     parts.fill(1, 77)
@@ -114,6 +111,7 @@ def test_a_spill_waits_for_the_step_that_fills_its_block(parts: Parts) -> None:
     assert parts.place_holds(1, 77)
 
 
+@NEEDS_STREAMS
 def test_without_that_wait_it_saves_what_was_there_before(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +125,7 @@ def test_without_that_wait_it_saves_what_was_there_before(
     assert parts.place_holds(1, 1)
 
 
+@NEEDS_STREAMS
 def test_a_freed_block_is_not_overwritten_before_its_spill_has_read_it(parts: Parts) -> None:
     parts.delay_copies()
     parts.host.spill(1, 1)
@@ -135,6 +134,7 @@ def test_a_freed_block_is_not_overwritten_before_its_spill_has_read_it(parts: Pa
     assert parts.place_holds(1, 1)
 
 
+@NEEDS_STREAMS
 def test_a_step_waits_for_the_fetch_of_what_it_reads(parts: Parts) -> None:
     parts.host._places[2].fill_(55)
     parts.delay_copies()
@@ -148,6 +148,7 @@ def unsettled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HostPool, "_settle", lambda self: None)
 
 
+@NEEDS_STREAMS
 @pytest.mark.usefixtures("unsettled")
 def test_without_the_other_wait_the_next_owners_bytes_are_saved(parts: Parts) -> None:
     parts.delay_copies()
@@ -156,6 +157,7 @@ def test_without_the_other_wait_the_next_owners_bytes_are_saved(parts: Parts) ->
     assert parts.place_holds(1, 99)
 
 
+@NEEDS_STREAMS
 @pytest.mark.usefixtures("unsettled")
 def test_without_the_other_wait_a_step_reads_what_was_not_fetched_yet(parts: Parts) -> None:
     parts.host._places[2].fill_(55)
@@ -164,6 +166,7 @@ def test_without_the_other_wait_a_step_reads_what_was_not_fetched_yet(parts: Par
     assert hold(parts.read(3), 3)
 
 
+@NEEDS_STREAMS
 def test_copies_are_in_order_also_within_the_pool(parts: Parts) -> None:
     parts.host._places[2].fill_(55)
     parts.delay_copies()
@@ -175,6 +178,7 @@ def test_copies_are_in_order_also_within_the_pool(parts: Parts) -> None:
     assert hold(parts.read(1), 55) and hold(parts.read(4), 55)
 
 
+@NEEDS_STREAMS
 def test_the_disk_sees_a_place_when_the_copy_has_happened(parts: Parts) -> None:
     _cuda._sleep(LONG)
     parts.host.spill(6, 1)
@@ -183,6 +187,7 @@ def test_the_disk_sees_a_place_when_the_copy_has_happened(parts: Parts) -> None:
     assert bool(torch.all(found == 6))
 
 
+@NEEDS_STREAMS
 def test_blocks_whose_offset_fits_in_no_32_bits() -> None:
     """In elements, and so in bytes."""
     shape = (8, 16, 128)
@@ -208,38 +213,19 @@ def test_blocks_whose_offset_fits_in_no_32_bits() -> None:
 
 # --- through the runner ---------------------------------------------------------------------------
 
-SAMPLING = SamplingParams(max_tokens=50, temperature=0.0, logprobs=3)
 PROMPT = prompt_of(70)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("llama")
-    make_model(Family("llama", {"tie_word_embeddings": True}), made)
-    return made
-
-
-def new(seq: int, prompt: tuple[int, ...]) -> NewSequence:
-    return NewSequence(seq, prompt, len(prompt), SAMPLING)
-
-
-def said(result: StepResult) -> list[Any]:
-    return [(item.token, item.logprob) for item in result.sampled]
-
-
-def through_files(runner: Runner, places: tuple[int, ...]) -> tuple[int, ...]:
+def through_files(steps: Steps, places: tuple[int, ...]) -> tuple[int, ...]:
     """Writes places to disk and reads them into others."""
     sent: list[DiskDone | DiskIndex] = []
-    runner.open_disk(sent.append)
+    steps.runner.open_disk(sent.append)
 
-    def run(kind: str, at: tuple[int, ...]) -> None:
+    def run(kind: Literal["write", "read"], at: tuple[int, ...]) -> None:
         before = len([message for message in sent if isinstance(message, DiskDone)])
         keys = [bytes([i]) * 32 for i in range(len(at))]
-        ops = tuple(
-            DiskOp(kind, key, place)  # type: ignore[arg-type]
-            for key, place in zip(keys, at, strict=True)
-        )
-        runner.execute(StepPlan(3, (), disk=ops))
+        ops = tuple(DiskOp(kind, key, place) for key, place in zip(keys, at, strict=True))
+        steps.step(disk=ops)
         deadline = time.monotonic() + 30
         while len(done := [m for m in sent if isinstance(m, DiskDone)]) < before + len(at):
             assert time.monotonic() < deadline
@@ -255,35 +241,27 @@ def through_files(runner: Runner, places: tuple[int, ...]) -> tuple[int, ...]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("disk", [False, True])
 def test_what_was_spilled_while_its_blocks_got_a_new_owner_comes_back_the_same(
-    folder: Path, tmp_path: Path, dtype: str, disk: bool
+    tmp_path: Path, dtype: str, disk: bool
 ) -> None:
-    load = LoadModel(
-        "tiny",
-        str(folder),
-        dtype=dtype,
-        device="cuda:0",
-        kv_bytes=1 << 24,
-        host_kv_bytes=1 << 20,
-        disk_kv_path=str(tmp_path) if disk else None,
-        disk_kv_bytes=1 << 24,
-    )
-    runner = Runner(load, lambda progress: None)
-    assert runner.info.max_blocks == runner.info.num_blocks, "no address space beyond the budget"
+    options: dict[str, Any] = {"load_format": "dummy", "dtype": dtype, "host_kv_bytes": 1 << 20}
+    if disk:
+        options |= {"disk_kv_path": str(tmp_path / "disk"), "disk_kv_bytes": 1 << 24}
+    steps = Steps(write(tmp_path / "model"), kv_bytes=1 << 23, **options)
 
     def last_chunk(*blocks: int) -> StepResult:
         """The same with and without a spill before: sums may depend on the shape of a batch."""
-        return runner.execute(StepPlan(9, (Chunk(2, 64, 70, blocks, True),), add=(new(2, PROMPT),)))
+        new = NewSequence(2, PROMPT, 70, GREEDY)
+        return steps.step(Chunk(2, 64, 70, blocks, True), add=(new,))
 
-    first = Chunk(1, 0, 64, (3, 1, 7, 5))
-    runner.execute(StepPlan(1, (first,), add=(new(1, PROMPT),)))
+    steps.step(Chunk(1, 0, 64, (3, 1, 7, 5)), add=(NewSequence(1, PROMPT, 70, GREEDY),))
     expected = last_chunk(3, 1, 7, 5, 9)
-    spills = tuple(BlockCopy("spill", block, place) for place, block in enumerate((3, 1, 7, 5)))
-    other = prompt_of(64, 9)
     # In one plan: the blocks are spilled, and another prompt is computed into them.
+    other = NewSequence(3, prompt_of(64, 9), 64, GREEDY)
     chunk = Chunk(3, 0, 64, (3, 1, 7, 5), True)
-    runner.execute(StepPlan(2, (chunk,), add=(new(3, other),), drop=(1, 2), copies=spills))
-    places = through_files(runner, (0, 1, 2, 3)) if disk else (0, 1, 2, 3)
-    fetches = tuple(BlockCopy("fetch", place, 20 + i) for i, place in enumerate(places))
-    runner.execute(StepPlan(4, (), drop=(3,), copies=fetches))
+    steps.put(chunk, add=(other,), drop=(1, 2), copies=spills((3, 1, 7, 5)))
+    places = through_files(steps, (0, 1, 2, 3)) if disk else (0, 1, 2, 3)
+    fetched = tuple(BlockCopy("fetch", place, 20 + i) for i, place in enumerate(places))
+    steps.put(drop=(3,), copies=fetched)
     result = last_chunk(20, 21, 22, 23, 9)
-    assert said(result) == said(expected)
+    pairs = zip(result.sampled, expected.sampled, strict=True)
+    assert all((a.token, a.logprob) == (b.token, b.logprob) for a, b in pairs)

@@ -1,0 +1,26 @@
+"""Which device the tests run on: `QUANTD_TEST_DEVICE`, cpu or cuda.
+
+By default GPUs are hidden, from this process and from those that it starts, so that what is tested
+is the same on every machine. `make test-gpu` shows them.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+DEVICE = os.environ.get("QUANTD_TEST_DEVICE", "cpu")
+if DEVICE not in ("cpu", "cuda"):
+    raise pytest.UsageError(f"QUANTD_TEST_DEVICE is {DEVICE!r}, must be cpu or cuda")
+if DEVICE == "cpu":  # before torch looks for them
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if DEVICE == "cpu":
+        return
+    skip = pytest.mark.skip(reason="holds of a CPU alone")
+    for item in items:
+        if item.get_closest_marker("cpu") is not None:
+            item.add_marker(skip)
