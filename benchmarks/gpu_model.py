@@ -302,7 +302,7 @@ def device_busy(loaded: Loaded, plans: list[StepPlan]) -> float:
 
     is_gpu = loaded.device.type == "cuda"
     kind = ProfilerActivity.CUDA if is_gpu else ProfilerActivity.CPU
-    with profile(activities=[kind]) as found:
+    with profile(activities=[kind], acc_events=True) as found:
         loaded.run(plans)
         if is_gpu:
             torch.cuda.synchronize()
