@@ -57,7 +57,7 @@ def map_body(context: schemathesis.HookContext, body: Any) -> Any:
     body = dict(body)
     if isinstance(body.get("model"), str):
         body["model"] = MODEL
-    if body.get("keep_alive") == 0:
+    if _is_a_moment(body.get("keep_alive")):
         body["keep_alive"] = 60  # or each request would load the model
     for name in _TOKENS:
         if _is_above(body.get(name), MOST_TOKENS):
@@ -66,6 +66,11 @@ def map_body(context: schemathesis.HookContext, body: Any) -> Any:
         if _is_above(body.get(name), 3) and body[name] <= 128:
             body[name] = 2
     return body
+
+
+def _is_a_moment(value: Any) -> bool:
+    """Of seconds as a number; durations as texts stay."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
 
 
 def _is_above(value: Any, most: int) -> bool:
