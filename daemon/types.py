@@ -355,7 +355,8 @@ class StepResult(msgspec.Struct, frozen=True, tag="result"):
     seconds: float = 0.0
     """All of it, copies included."""
     copy_seconds: float = 0.0
-    """Of `seconds`, spent in spills and fetches."""
+    """Of `seconds`, spent in spills and fetches. On a GPU, for which they kept it from computing:
+    most of a spill goes on beside the step."""
     num_masks: int = 0
     """Tokens that were sampled under a grammar."""
     mask_seconds: float = 0.0

@@ -66,6 +66,7 @@ __all__ = [
     "dequantize_grouped",
     "encoder_attention",
     "expert_feed_forward",
+    "gather_blocks",
     "grouped_linear",
     "grouped_problem",
     "held_dtype",
@@ -87,6 +88,7 @@ __all__ = [
     "rotary_write_kv",
     "route_experts",
     "sample_rows",
+    "scatter_blocks",
     "set_num_threads",
     "stacked_experts",
     "token_logprobs",
@@ -209,6 +211,19 @@ def copy_blocks(pools: Sequence[torch.Tensor], copies: Sequence[tuple[int, int]]
     becomes what the block `source` is at that time. Pools are of one shape and dtype."""
     if pools:
         _other(reference.copy_blocks, pools[0])(pools, copies)
+
+
+def gather_blocks(pools: Sequence[torch.Tensor], blocks: Sequence[int], rows: torch.Tensor) -> None:
+    """The first rows of `rows` [n, pools * numbers of a block] become these blocks of all pools,
+    one pool after another in a row. Pools are of one shape, rows of their dtype."""
+    _other(reference.gather_blocks, rows)(pools, blocks, rows)
+
+
+def scatter_blocks(
+    rows: torch.Tensor, pools: Sequence[torch.Tensor], blocks: Sequence[int]
+) -> None:
+    """The way back, one row after another: a block that comes twice has the later row."""
+    _other(reference.scatter_blocks, rows)(rows, pools, blocks)
 
 
 def sample_rows(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:

@@ -320,9 +320,9 @@ class KvCache:
     def take_copies(self) -> tuple[BlockCopy, ...]:
         """In order, for the plan that is being made."""
         copies, self._copies = tuple(self._copies), []
-        moved = sum(copy.kind in ("spill", "fetch") for copy in copies)
-        if moved:
-            self._sent[self.step] = moved
+        if any(copy.kind == "fetch" for copy in copies):
+            # Spills alone say nothing of what a fetch costs: a GPU does not wait for them.
+            self._sent[self.step] = sum(copy.kind in ("spill", "fetch") for copy in copies)
         return copies
 
     def take_disk_ops(self) -> tuple[DiskOp, ...]:

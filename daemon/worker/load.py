@@ -11,6 +11,7 @@ import torch
 from quantd.daemon.types import BLOCK_TOKENS, LoadModel, LoadProgress, ModelInfo, Pooling
 from quantd.daemon.worker.checkpoint import open_checkpoint
 from quantd.daemon.worker.dummy import DummySource
+from quantd.daemon.worker.gpu.bounce import bounce_bytes
 from quantd.daemon.worker.gpu.budget import Costs, Step, fitting_blocks
 from quantd.daemon.worker.loader import (
     Progress,
@@ -96,7 +97,8 @@ def load_model(load: LoadModel, progress: Progress, pooling: PoolingPlan | None 
     if device.type == "cuda":
         step = largest_step(load, max_context, pooled)
         is_packed = any(choice.quantizer.name != "dense" for choice in choices.linears)
-        costs = Costs(config, dtype, kv_dtype, is_packed, on_gpu=True)
+        bounce = bounce_bytes(block_bytes(config, kv_dtype), host_blocks)
+        costs = Costs(config, dtype, kv_dtype, is_packed, on_gpu=True, bounce=bounce)
         blocks, fitted = fitting_blocks(load.kv_bytes, costs, step, weights.nbytes, decoder, device)
     else:
         blocks, fitted = num_blocks(load.kv_bytes, block_bytes(config, kv_dtype), max_context), ()

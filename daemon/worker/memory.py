@@ -47,6 +47,11 @@ class KvPools:
     """For the user."""
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All keys, then all values."""
+        return (*self.keys, *self.values)
+
+    @property
     def max_blocks(self) -> int:
         return self.waste_block if self.reserved is None else self.reserved.num_blocks
 
@@ -73,7 +78,7 @@ class KvPools:
 
     def copy(self, src: int, dst: int) -> None:
         """Copies one whole block, in every layer."""
-        ops.copy_blocks((*self.keys, *self.values), ((src, dst),))
+        ops.copy_blocks(self.tensors, ((src, dst),))
 
     def ensure(self, num_blocks: int) -> None:
         """To be called before the blocks below `num_blocks` are used, and again after a `release`.
@@ -97,7 +102,7 @@ class KvPools:
         if self.keys[0].device.type != "cpu":
             return
         page = mmap.PAGESIZE
-        for tensor in (*self.keys, *self.values):
+        for tensor in self.tensors:
             step = tensor[0].nbytes
             for start, stop in ranges:
                 first = -(-(tensor.data_ptr() + start * step) // page) * page

@@ -91,8 +91,6 @@ class Runner(AtOnce):
         for copy in plan.copies:
             self._copy(copy)
         copy_seconds = time.perf_counter() - copying
-        if plan.disk:
-            self._host.copied()
         for op in plan.disk:
             assert self._disk is not None, "there is no disk tier"
             self._disk.put(op)

@@ -2,7 +2,13 @@
 
 from quantd.kernels.reference.activation import Activation, act_and_mul
 from quantd.kernels.reference.attention import paged_attention
-from quantd.kernels.reference.cache import copy_blocks, rotary_write_kv, write_kv
+from quantd.kernels.reference.cache import (
+    copy_blocks,
+    gather_blocks,
+    rotary_write_kv,
+    scatter_blocks,
+    write_kv,
+)
 from quantd.kernels.reference.encoder import activate, encoder_attention, layer_norm
 from quantd.kernels.reference.experts import expert_feed_forward
 from quantd.kernels.reference.grouped import dequantize_grouped, quantize_rows
@@ -19,6 +25,8 @@ __all__ = [
     "activate",
     "add_rms_norm",
     "copy_blocks",
+    "gather_blocks",
+    "scatter_blocks",
     "dequantize_grouped",
     "encoder_attention",
     "expert_feed_forward",

@@ -53,3 +53,20 @@ def copy_blocks(pools: Sequence[torch.Tensor], copies: Sequence[tuple[int, int]]
     for source, target in copies:
         for pool in pools:
             pool[target].copy_(pool[source])
+
+
+def gather_blocks(pools: Sequence[torch.Tensor], blocks: Sequence[int], rows: torch.Tensor) -> None:
+    """The first rows of `rows` [n, pools * numbers of a block] become these blocks of all pools,
+    one pool after another in a row."""
+    for block, row in zip(blocks, rows[: len(blocks)], strict=True):
+        for pool, part in zip(pools, row.chunk(len(pools)), strict=True):
+            part.copy_(pool[block].reshape(-1))
+
+
+def scatter_blocks(
+    rows: torch.Tensor, pools: Sequence[torch.Tensor], blocks: Sequence[int]
+) -> None:
+    """The way back, one row after another: a block that comes twice has the later row."""
+    for block, row in zip(blocks, rows[: len(blocks)], strict=True):
+        for pool, part in zip(pools, row.chunk(len(pools)), strict=True):
+            pool[block].view(-1).copy_(part)

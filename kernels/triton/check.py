@@ -62,6 +62,16 @@ def _copies(g: torch.Generator, dtype: torch.dtype) -> Iterable[tuple[Any, ...]]
     yield list(compare.random(g, dtype, 2, 4, 2, BLOCK_SIZE, 16)), [(0, 1), (1, 2), (3, 0)]
 
 
+def _gathered(g: torch.Generator, dtype: torch.dtype) -> Iterable[tuple[Any, ...]]:
+    pools, rows = list(compare.random(g, dtype, 2, 4, 2, BLOCK_SIZE, 16)), 2 * 2 * BLOCK_SIZE * 16
+    yield pools, [3, 0], compare.random(g, dtype, 3, rows)
+
+
+def _scattered(g: torch.Generator, dtype: torch.dtype) -> Iterable[tuple[Any, ...]]:
+    for pools, blocks, rows in _gathered(g, dtype):
+        yield rows, pools, blocks
+
+
 def _sampling(g: torch.Generator, dtype: torch.dtype) -> Iterable[tuple[Any, ...]]:
     """Rows with one filter each and one with all; of few tokens, whose probabilities are apart."""
     count, vocabulary = 6, 112  # a multiple of 16, as most are: Triton compiles for others apart
@@ -205,6 +215,8 @@ CASES: Mapping[str, Case] = {
         attention.paged_attention, reference.paged_attention, compare.attention
     ),
     "copy_blocks": Case(copies.copy_blocks, reference.copy_blocks, _copies),
+    "gather_blocks": Case(copies.gather_blocks, reference.gather_blocks, _gathered),
+    "scatter_blocks": Case(copies.scatter_blocks, reference.scatter_blocks, _scattered),
     "route_experts": Case(
         routing.route_experts,
         reference.route_experts,

@@ -85,7 +85,7 @@ def test_random_plans_ahead_or_one_by_one(seed: int, tmp_path: Path) -> None:
         steps = Steps(folder, **options)
         steps.ahead = ahead
         steps.runner.set_tokens(TABLE)
-        steps.runner._host._places[BAD_PLACE] = torch.nan
+        steps.runner._host.places[BAD_PLACE] = torch.nan
         if not ahead:
             plans = _by_dice(steps, seed, sized(60, 20))
         else:
@@ -102,7 +102,7 @@ def test_random_plans_ahead_or_one_by_one(seed: int, tmp_path: Path) -> None:
 
 
 def _by_dice(steps: Steps, seed: int, count: int) -> list[StepPlan]:
-    dice = Dice(seed, 0, len(steps.runner._host._places))
+    dice = Dice(seed, 0, len(steps.runner._host.places))
     plans: list[StepPlan] = []
     for _ in range(count):
         plans.append(dice.plan())

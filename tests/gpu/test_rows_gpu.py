@@ -135,6 +135,21 @@ def test_copies_of_blocks_are_in_order(pool_dtype: torch.dtype) -> None:
     assert all(same_bits(one, other) for one, other in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("pool_dtype", [torch.bfloat16, torch.float32, E4M3], ids=str)
+def test_blocks_of_all_pools_in_rows_and_back(pool_dtype: torch.dtype) -> None:
+    shape = (sized(400, 20), 8, BLOCK_SIZE, sized(128, 16))
+    got = [randn(*shape).to(pool_dtype) for _ in range(sized(160, 4))]
+    want = [pool.clone() for pool in got]
+    rows = randn(6, len(got) * got[0][0].numel()).to(pool_dtype)
+    others = rows.clone()
+    ops.gather_blocks(got, [3, shape[0] - 1, 0, 3], rows)
+    reference.gather_blocks(want, [3, shape[0] - 1, 0, 3], others)
+    assert same_bits(rows, others)
+    ops.scatter_blocks(rows, got, [7, 5, 7, 9, shape[0] - 1])
+    reference.scatter_blocks(others, want, [7, 5, 7, 9, shape[0] - 1])
+    assert all(same_bits(one, other) for one, other in zip(got, want, strict=True))
+
+
 def test_copies_beyond_two_to_the_31_elements() -> None:
     shape = (8, BLOCK_SIZE, 128)
     count = sized((1 << 31) // (8 * BLOCK_SIZE * 128), 40) + 100

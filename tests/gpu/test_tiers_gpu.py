@@ -1,21 +1,22 @@
 """The host pool beside a GPU: pinned places, a second stream, and what goes wrong between two.
 
 A kernel that only waits is put in front of the stream that should be late, so that a race is lost
-wherever it is not forbidden; the controls show that it would be.
+wherever it is not forbidden; the controls show that it would be. On a CPU the tests' queue is late.
 """
 
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
-from gpu_harness import DEVICE, MARKS, NEEDS_STREAMS
+from gpu_harness import DEVICE, MARKS, NEEDS_STREAMS, ON_CPU, need_memory
 from gpu_models import write
 from gpu_steps import GREEDY, Steps, spills
+from numerics.fake_queue import FakeQueue
 from numerics.tiny import prompt_of
 from torch import Tensor
 
@@ -28,6 +29,8 @@ from quantd.daemon.types import (
     NewSequence,
     StepResult,
 )
+from quantd.daemon.worker.gpu.bounce import Bounce
+from quantd.daemon.worker.gpu.cuda import CudaQueue
 from quantd.daemon.worker.host import HostPool
 from quantd.daemon.worker.memory import KvPools
 
@@ -37,10 +40,12 @@ _cuda: Any = torch.cuda
 LONG = 400_000_000
 """Cycles: a fifth of a second or more."""
 NUM_LAYERS, NUM_BLOCKS, NUM_PLACES = 3, 8, 8
+STALE = -1
+"""What is in the buffers."""
 
 
 class Parts:
-    """Eight blocks, block b filled with b; eight places of zeros."""
+    """Eight blocks, block b filled with b; eight places of zeros; buffers of `STALE`."""
 
     def __init__(self) -> None:
         def tensors() -> tuple[Tensor, ...]:
@@ -53,156 +58,233 @@ class Parts:
         block_bytes = 2 * NUM_LAYERS * keys[0][0].nbytes
         self.pools = KvPools(keys, values, NUM_BLOCKS, block_bytes)
         self.host = HostPool(self.pools, NUM_PLACES)
+        self.queue: Any = FakeQueue(0, 0.0) if ON_CPU else CudaQueue(DEVICE)
+        self.bounce = Bounce(self.queue, self.pools, self.host, self.queue.run)
         # What a first copy and a first fill set up is not part of a test.
-        self.host.spill(0, 0)
-        self.host.fetch(0, 0)
+        for _ in range(2):
+            self.spill(0, 0)
+            self.fetch(0, 0)
         for block in range(NUM_BLOCKS):
             self.fill(block, block)
-        _cuda.synchronize()
-        self.host._places.zero_()
+        self.queue.settle()
+        self.host.places.zero_()
+        for _ in range(2):
+            next(self.bounce._turns).rows.fill_(STALE)
+        self.settle()
 
     def fill(self, block: int, value: float) -> None:
         """As a step writes a block, on the stream that computes."""
-        for tensor in (*self.pools.keys, *self.pools.values):
-            tensor[block].fill_(value)
+
+        def work() -> None:
+            for tensor in self.pools.tensors:
+                tensor[block].fill_(value)
+
+        self.queue.run(work)
 
     def read(self, block: int) -> list[Tensor]:
         """As a step reads a block."""
-        return [tensor[block].clone() for tensor in (*self.pools.keys, *self.pools.values)]
+        found: list[Tensor] = []
+        self.queue.run(lambda: found.extend(tensor[block].clone() for tensor in self.pools.tensors))
+        return found
+
+    def spill(self, block: int, place: int) -> None:
+        self.bounce.copy([BlockCopy("spill", block, place)])
+
+    def fetch(self, place: int, block: int) -> None:
+        self.bounce.copy([BlockCopy("fetch", place, block)])
 
     def delay_copies(self) -> None:
-        with _cuda.stream(self.host._stream):
+        if not ON_CPU:
+            with _cuda.stream(self.queue._copying):
+                _cuda._sleep(LONG)
+
+    def delay_computing(self) -> None:
+        if ON_CPU:
+            self.queue.prefers_copies = True
+        else:
             _cuda._sleep(LONG)
 
+    def settle(self) -> None:
+        self.queue.settle()
+
     def place_holds(self, place: int, value: float) -> bool:
-        self.host.copied()
-        return bool(torch.all(self.host._places[place] == value))
+        self.settle()
+        return bool(torch.all(self.host.places[place] == value))
+
+    def hold(self, tensors: list[Tensor], value: float) -> bool:
+        self.settle()
+        return len(tensors) > 0 and all(bool(torch.all(tensor == value)) for tensor in tensors)
 
 
 @pytest.fixture
-def parts() -> Parts:
-    return Parts()
+def parts() -> Iterator[Parts]:
+    if ON_CPU:
+        yield Parts()
+        return
+    with _cuda.stream(_cuda.current_stream(DEVICE)):  # and back to it: a queue sets its own
+        yield Parts()
 
 
-def hold(tensors: list[Tensor], value: float) -> bool:
-    _cuda.synchronize()
-    return all(bool(torch.all(tensor == value)) for tensor in tensors)
+@pytest.fixture
+def copies_that_do_not_wait(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copying stream does not wait for the computing one."""
+    copy = parts.queue.copy
+    monkeypatch.setattr(parts.queue, "copy", lambda work, after: copy(work, None))
+
+
+@pytest.fixture
+def steps_that_do_not_wait(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The computing stream does not wait for the copying one."""
+    monkeypatch.setattr(parts.queue, "follow", lambda copied: None)
 
 
 @NEEDS_STREAMS
 def test_places_are_pinned_and_nobody_waits_for_a_copy(parts: Parts) -> None:
-    assert parts.host._places.is_pinned()
-    assert parts.host._stream != _cuda.current_stream(DEVICE)
-    _cuda._sleep(LONG)
+    assert parts.host.places.is_pinned()
+    assert parts.queue._copying != _cuda.current_stream(DEVICE)
+    parts.delay_computing()
     started = time.perf_counter()
-    parts.host.spill(1, 1)
-    parts.host.fetch(1, 2)
+    parts.spill(1, 1)
+    parts.fetch(1, 2)
     assert time.perf_counter() - started < 0.1
-    assert not parts.host._stream.query(), "the copies are still to come"
+    assert not parts.queue._copying.query(), "the copies are still to come"
     assert parts.place_holds(1, 1)
-    assert hold(parts.read(2), 1)
+    assert parts.hold(parts.read(2), 1)
 
 
-@NEEDS_STREAMS
-def test_a_spill_waits_for_the_step_that_fills_its_block(parts: Parts) -> None:
-    _cuda._sleep(LONG)
+def test_computing_goes_on_beside_a_spill(parts: Parts) -> None:
+    parts.delay_copies()
+    parts.spill(1, 1)
     parts.fill(1, 77)
-    parts.host.spill(1, 1)
+    parts.queue.mark().wait()
+    if ON_CPU:
+        assert parts.queue._copying
+    else:
+        assert not parts.queue._copying.query()
+    assert parts.place_holds(1, 1)
+
+
+def test_a_fetch_is_copied_beside_the_step_under_way(parts: Parts) -> None:
+    parts.host.places[2].fill_(55)
+    parts.delay_computing()
+    mark = parts.queue.mark()
+    parts.fetch(2, 3)
+    if ON_CPU:
+        assert not parts.queue._copying
+    else:
+        parts.queue._copying.synchronize()
+    assert not mark.is_reached()
+    assert parts.hold(parts.read(3), 55)
+
+
+def test_a_spill_waits_for_the_step_that_fills_its_block(parts: Parts) -> None:
+    parts.delay_computing()
+    parts.fill(1, 77)
+    parts.spill(1, 1)
     assert parts.place_holds(1, 77)
 
 
-@NEEDS_STREAMS
-def test_without_that_wait_it_saves_what_was_there_before(
-    parts: Parts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unordered(self: HostPool) -> AbstractContextManager[object]:
-        return _cuda.stream(self._stream)
-
-    monkeypatch.setattr(HostPool, "_ordered", unordered)
-    _cuda._sleep(LONG)
+@pytest.mark.usefixtures("copies_that_do_not_wait")
+def test_without_that_wait_it_saves_what_was_in_the_buffer(parts: Parts) -> None:
+    parts.delay_computing()
     parts.fill(1, 77)
-    parts.host.spill(1, 1)
-    assert parts.place_holds(1, 1)
+    parts.spill(1, 1)
+    assert parts.place_holds(1, STALE)
 
 
-@NEEDS_STREAMS
 def test_a_freed_block_is_not_overwritten_before_its_spill_has_read_it(parts: Parts) -> None:
     parts.delay_copies()
-    parts.host.spill(1, 1)
+    parts.spill(1, 1)
     parts.fill(1, float("nan"))  # the next owner's keys and values
-    _cuda.synchronize()
     assert parts.place_holds(1, 1)
 
 
-@NEEDS_STREAMS
 def test_a_step_waits_for_the_fetch_of_what_it_reads(parts: Parts) -> None:
-    parts.host._places[2].fill_(55)
+    parts.host.places[2].fill_(55)
     parts.delay_copies()
-    parts.host.fetch(2, 3)
-    assert hold(parts.read(3), 55)
+    parts.fetch(2, 3)
+    assert parts.hold(parts.read(3), 55)
 
 
-@pytest.fixture
-def unsettled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The computing stream does not wait for copies."""
-    monkeypatch.setattr(HostPool, "_settle", lambda self: None)
-
-
-@NEEDS_STREAMS
-@pytest.mark.usefixtures("unsettled")
-def test_without_the_other_wait_the_next_owners_bytes_are_saved(parts: Parts) -> None:
+@pytest.mark.usefixtures("steps_that_do_not_wait")
+def test_without_that_wait_a_step_reads_what_was_in_the_buffer(parts: Parts) -> None:
+    parts.host.places[2].fill_(55)
     parts.delay_copies()
-    parts.host.spill(1, 1)
-    parts.fill(1, 99)
-    assert parts.place_holds(1, 99)
+    parts.fetch(2, 3)
+    assert parts.hold(parts.read(3), STALE)
 
 
-@NEEDS_STREAMS
-@pytest.mark.usefixtures("unsettled")
-def test_without_the_other_wait_a_step_reads_what_was_not_fetched_yet(parts: Parts) -> None:
-    parts.host._places[2].fill_(55)
+def test_a_buffer_is_not_gathered_into_before_it_was_saved(parts: Parts) -> None:
     parts.delay_copies()
-    parts.host.fetch(2, 3)
-    assert hold(parts.read(3), 3)
+    for block in (1, 2, 3, 4):
+        parts.spill(block, block)
+    assert all(parts.place_holds(block, block) for block in (1, 2, 3, 4))
 
 
-@NEEDS_STREAMS
+@pytest.mark.usefixtures("steps_that_do_not_wait")
+def test_without_that_wait_the_next_block_is_saved_in_its_place(parts: Parts) -> None:
+    parts.delay_copies()
+    for block in (1, 2, 3, 4):
+        parts.spill(block, block)
+    assert parts.place_holds(1, 3) and parts.place_holds(2, 4)
+
+
+def _fetch_three(parts: Parts) -> None:
+    for place in (1, 2, 3):
+        parts.host.places[place].fill_(50 + place)
+    parts.delay_computing()
+    for place in (1, 2, 3):
+        parts.fetch(place, 3 + place)
+
+
+def test_a_buffer_is_not_copied_into_before_it_was_scattered(parts: Parts) -> None:
+    _fetch_three(parts)
+    assert all(parts.hold(parts.read(3 + place), 50 + place) for place in (1, 2, 3))
+
+
+@pytest.mark.usefixtures("copies_that_do_not_wait")
+def test_without_that_wait_the_next_place_comes_in_its_stead(parts: Parts) -> None:
+    _fetch_three(parts)
+    assert parts.hold(parts.read(4), 53)
+
+
 def test_copies_are_in_order_also_within_the_pool(parts: Parts) -> None:
-    parts.host._places[2].fill_(55)
+    parts.host.places[2].fill_(55)
     parts.delay_copies()
-    parts.host.spill(1, 1)
-    parts.host.fetch(2, 1)
-    parts.pools.copy(1, 4)
-    parts.host.spill(5, 2)
+    parts.spill(1, 1)
+    parts.fetch(2, 1)
+    parts.queue.run(lambda: parts.pools.copy(1, 4))
+    parts.spill(5, 2)
     assert parts.place_holds(1, 1) and parts.place_holds(2, 5)
-    assert hold(parts.read(1), 55) and hold(parts.read(4), 55)
+    assert parts.hold(parts.read(1), 55) and parts.hold(parts.read(4), 55)
 
 
-@NEEDS_STREAMS
 def test_the_disk_sees_a_place_when_the_copy_has_happened(parts: Parts) -> None:
-    _cuda._sleep(LONG)
-    parts.host.spill(6, 1)
-    parts.host.copied()
+    parts.delay_copies()
+    parts.spill(6, 1)
+    parts.queue.follow(parts.bounce.last)
+    parts.queue.mark().wait()
     found = torch.frombuffer(parts.host.bytes_of(1), dtype=torch.float16)
     assert bool(torch.all(found == 6))
 
 
 @NEEDS_STREAMS
-def test_blocks_whose_offset_fits_in_no_32_bits() -> None:
+def test_blocks_whose_offset_fits_in_no_32_bits(parts: Parts) -> None:
     """In elements, and so in bytes."""
+    need_memory(9 << 30)
     shape = (8, 16, 128)
     per_block = 8 * 16 * 128
     count = (1 << 31) // per_block + 100
     keys = torch.zeros((count, *shape), dtype=torch.float16, device=DEVICE)
     values = torch.zeros((count, *shape), dtype=torch.float16, device=DEVICE)
     pools = KvPools((keys,), (values,), count, 2 * keys[0].nbytes)
-    host = HostPool(pools, 4)
+    bounce = Bounce(parts.queue, pools, HostPool(pools, 4), parts.queue.run)
     last = count - 1
     pattern = (torch.arange(per_block, device=DEVICE) % 1999 + 1).view(shape).half()
     keys[last].copy_(pattern)
     values[last].copy_(-pattern)
-    host.spill(last, 3)
-    host.fetch(3, last - 1)
+    bounce.copy([BlockCopy("spill", last, 3)])
+    bounce.copy([BlockCopy("fetch", 3, last - 1)])
     pools.copy(last - 1, last - 2)
     _cuda.synchronize()
     for block in (last, last - 1, last - 2):

@@ -153,3 +153,14 @@ def test_copies_of_blocks_follow_one_another() -> None:
     reference.copy_blocks(pools, [(3, 1), (1, 0), (2, 3)])
     for pool in pools:
         assert pool[:, 0, 0, 0].tolist() == [3, 3, 2, 2]
+
+
+def test_blocks_of_all_pools_in_rows_and_back() -> None:
+    pools = [torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 16, 2) + 10 * i for i in range(3)]
+    rows = torch.full((3, 3 * 32), -1.0)
+    reference.gather_blocks(pools, [3, 1], rows)
+    want = torch.tensor([[3.0, 13, 23], [1, 11, 21], [-1, -1, -1]])
+    assert torch.equal(rows, want.repeat_interleave(32, 1))
+    reference.scatter_blocks(rows, pools, [0, 0])
+    for i, pool in enumerate(pools):
+        assert pool[:, 0, 15, 1].tolist() == [1 + 10 * i, 1 + 10 * i, 2 + 10 * i, 3 + 10 * i]

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quantd.daemon.worker.gpu.queue import Graph, Mark, Work
+from quantd.daemon.worker.gpu.queue import Copied, Graph, Mark, Work
 
 POISON = 0x7F
 """As a byte: in float32 3.4e38, as an id beyond every vocabulary and pool."""
@@ -116,6 +116,12 @@ class FakeMark:
 
 
 @dataclass(eq=False)
+class FakeCopied:
+    place: int
+    """So many pieces of the copying stream are before it."""
+
+
+@dataclass(eq=False)
 class FakeGraph:
     queue: FakeQueue
     work: Work
@@ -133,8 +139,6 @@ class FakeQueue:
 
     seed: int = 0
     eagerness: float = 0.3
-    copies_wait: bool = True
-    """False: a GPU on which nobody orders the two streams."""
     prefers_copies: bool = False
     """Copies are done as early as they may, whatever the eagerness."""
     memory_errors: list[int] = field(default_factory=list)
@@ -158,10 +162,17 @@ class FakeQueue:
         self._need_memory()
         self.put(work)
 
-    def copy(self, work: Work) -> None:
-        self._copying.append(Piece(work, self._num_put if self.copies_wait else 0))
+    def copy(self, work: Work, after: Mark | None) -> Copied:
+        assert after is None or isinstance(after, FakeMark)
+        self._copying.append(Piece(work, 0 if after is None else after.place))
+        copied = FakeCopied(self.num_copied + len(self._copying))
         self.log.append(("copy", 0))
         self.tick()
+        return copied
+
+    def follow(self, copied: Copied) -> None:
+        assert isinstance(copied, FakeCopied)
+        self.put(lambda: None, copied.place)
 
     def upload(self, source: Tensor, target: Tensor) -> None:
         def work() -> None:
@@ -212,8 +223,7 @@ class FakeQueue:
 
     # --- what marks and graphs need --------------------------------------------------------------
 
-    def put(self, work: Work) -> None:
-        needs = self.num_copied + len(self._copying) if self.copies_wait else 0
+    def put(self, work: Work, needs: int = 0) -> None:
         self._computing.append(Piece(work, needs))
         self.tick()
 

@@ -23,6 +23,7 @@ from quantd.daemon.types import (
     StepPlan,
     StepResult,
 )
+from quantd.daemon.worker.gpu import bounce
 from quantd.daemon.worker.gpu.runner import GpuRunner
 from quantd.daemon.worker.load import Model, load_model
 from quantd.daemon.worker.runner import Runner
@@ -30,6 +31,7 @@ from quantd.kernels import ops
 
 NUM_PLANS = 30
 LLAMA = Family("llama", {"tie_word_embeddings": True})
+BUFFER_BLOCKS = 2
 GREEDY = SamplingParams(max_tokens=50, temperature=0.0, logprobs=2)
 
 
@@ -42,13 +44,13 @@ class Pair:
         self.model: Model = load_model(load, lambda progress: None)
         self.next_seq = 0
         self.cpu.set_tokens(TABLE)
-        self.cpu._host._places[BAD_PLACE] = torch.nan
+        self.cpu._host.places[BAD_PLACE] = torch.nan
 
     def device(self, queue: FakeQueue) -> GpuRunner:
         with poisoned():
             runner = GpuRunner(self.model, self.load, queue)
         runner.set_tokens(TABLE)
-        runner._host._places[BAD_PLACE] = torch.nan
+        runner._host.places[BAD_PLACE] = torch.nan
         return runner
 
 
@@ -65,7 +67,9 @@ def both_runners(folder: Path, family: Family = LLAMA) -> Iterator[Pair]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "sample_rows", sample_rows)
-        yield Pair(load)
+        pair = Pair(load)
+        patch.setattr(bounce, "BUFFER_BYTES", BUFFER_BLOCKS * pair.model.info.block_bytes)
+        yield pair
 
 
 def story(
@@ -73,7 +77,7 @@ def story(
 ) -> tuple[list[StepPlan], list[StepResult]]:
     """Plans as a scheduler makes them that is told of a step when the next one is planned, and what
     the CPU's runner says to them."""
-    dice = Dice(seed, pair.next_seq, len(pair.cpu._host._places))
+    dice = Dice(seed, pair.next_seq, len(pair.cpu._host.places))
     pair.next_seq += 1000
     plans: list[StepPlan] = []
     results: list[StepResult] = []

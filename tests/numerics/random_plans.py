@@ -25,6 +25,8 @@ from quantd.daemon.types import (
 NUM_BLOCKS = 150
 BAD_PLACE = 0
 """A host place that holds NaN."""
+MANY = 5
+"""Spills, and fetches, in one plan."""
 
 EOS = 2
 TABLE = TokenTable(
@@ -83,10 +85,12 @@ class Dice:
         self._add: list[NewSequence] = []
         self._drop: list[int] = []
         dice = self._random
+        # All leave, or all that have left come back: more copies than a buffer of them holds.
+        flood, self._ebb = dice.random() < 0.1, dice.random() < 0.3
         for seq in list(self._seqs.values()):
             if len(seq.known) >= seq.sampling.max_tokens or dice.random() < 0.03:
                 self._end(seq)
-            elif seq.is_in and dice.random() < 0.08:
+            elif seq.is_in and (flood or dice.random() < 0.08):
                 self._preempt(seq)
             elif seq.is_in and seq.computed >= BLOCK_TOKENS and dice.random() < 0.1:
                 self._rebind(seq)
@@ -98,6 +102,9 @@ class Dice:
         dice.shuffle(chunks)
         sampled = [self._seqs[chunk.seq] for chunk in chunks if chunk.sample]
         self._flights.append([(seq, seq.stay) for seq in sampled])
+        kinds = Counter(copy.kind for copy in self._copies)
+        self.seen["many spills"] += kinds["spill"] >= MANY
+        self.seen["many fetches"] += kinds["fetch"] >= MANY
         self.seen["decodes only"] += bool(chunks) and all(c.stop - c.start == 1 for c in chunks)
         return StepPlan(
             self._step,
@@ -129,7 +136,7 @@ class Dice:
 
     def _new(self) -> None:
         dice = self._random
-        prompt = prompt_of(dice.choice((1, 5, 16, 17, 30, 48, 60)), dice.randrange(1000))
+        prompt = prompt_of(dice.choice((1, 5, 16, 17, 30, 48, 60, 90)), dice.randrange(1000))
         seq = Seq(self._next, prompt, self._sampling())
         self._next += 1
         self._seqs[seq.seq] = seq
@@ -164,7 +171,7 @@ class Dice:
         for block in seq.blocks[:whole]:
             if not self._places:
                 break
-            place = self._places.pop(0)
+            place = self._places.pop()  # the one that was free last
             self._copies.append(BlockCopy("spill", block, place))
             seq.saved.append(place)
             self.seen["spill"] += 1
@@ -214,7 +221,7 @@ class Dice:
     def _chunk(self, seq: Seq) -> Chunk | None:
         dice = self._random
         if not seq.is_in:
-            if dice.random() > 0.3:
+            if not self._ebb and dice.random() > 0.3:
                 return None
             self._enter(seq)
         if dice.random() < 0.15:

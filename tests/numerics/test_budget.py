@@ -166,7 +166,7 @@ def test_what_does_not_fit_is_said_with_all_numbers(
     assert str(raised.value) == (
         f"{asked}, more than the {left} bytes that cpu has left: {free} of its {32 * GIB} are free "
         f"beside weights of {10 * GIB}, a step of 2048 tokens takes {step}, and {GIB + margin} are "
-        "kept for graphs, libraries and as a margin"
+        "kept for graphs, copies, libraries and as a margin"
     )
 
 
@@ -202,6 +202,8 @@ def test_a_loaded_model_gets_what_its_device_has_left(
     beside = costs.step_bytes(step) + costs.reserve_bytes(step, 32 * GIB) + GIB
     assert blocks == (22 * GIB - beside) // model.info.block_bytes
     assert notes == ()
+    copying = replace(costs, bounce=30 << 20)
+    assert copying.reserve_bytes(step, GIB) == costs.reserve_bytes(step, GIB) + (30 << 20)
 
 
 CHILD = """

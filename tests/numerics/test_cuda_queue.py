@@ -20,8 +20,8 @@ class Stream:
         self.name = next(Stream.names)
         self.log = Log.lines
 
-    def wait_stream(self, other: Stream) -> None:
-        self.log.append(f"{self.name} waits for {other.name}")
+    def wait_event(self, event: Event) -> None:
+        self.log.append(f"{self.name} waits for {event.place}")
 
 
 class Log:
@@ -29,11 +29,12 @@ class Log:
 
 
 class Event:
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.has_time = enable_timing
 
     def record(self, stream: Stream) -> None:
-        Log.lines.append(f"mark in {stream.name}")
+        self.place = f"mark in {stream.name}"
+        Log.lines.append(self.place)
 
     def query(self) -> bool:
         return False
@@ -42,6 +43,7 @@ class Event:
         Log.lines.append("wait for the mark")
 
     def elapsed_time(self, other: Event) -> float:
+        assert self.has_time and other.has_time
         return 5.0
 
 
@@ -87,17 +89,22 @@ def test_the_computing_stream_becomes_the_current_one(queue: CudaQueue) -> None:
     assert Log.lines == ["all is done", "give back", "current: compute"]
 
 
-def test_a_copy_comes_after_all_before_it_and_before_all_after_it(queue: CudaQueue) -> None:
+def test_streams_wait_for_what_they_are_told_to_alone(queue: CudaQueue) -> None:
     Log.lines = []
     queue._compute.log = queue._copying.log = Log.lines  # type: ignore[attr-defined]
-    queue.copy(lambda: Log.lines.append("copy"))
+    copied = queue.copy(lambda: Log.lines.append("copy"), None)
     queue.run(lambda: Log.lines.append("work"))
+    assert Log.lines == ["on copying:", "copy", "mark in copying", "work"]
+    mark = queue.mark()
+    Log.lines.clear()
+    queue.copy(lambda: Log.lines.append("copy"), mark)
+    queue.follow(copied)
     assert Log.lines == [
-        "copying waits for compute",
+        "copying waits for mark in compute",
         "on copying:",
         "copy",
-        "compute waits for copying",
-        "work",
+        "mark in copying",
+        "compute waits for mark in copying",
     ]
 
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics.fake_queue import FakeQueue, reads_allowed
 from numerics.gpu_pair import (
+    BUFFER_BLOCKS,
     Driver,
     Pair,
     bits,
@@ -25,6 +26,7 @@ from numerics.gpu_pair import (
     growing,
     story,
 )
+from numerics.random_plans import MANY
 from numerics.tiny import FAMILIES, prompt_of
 
 from quantd.daemon.frames import FrameSocket
@@ -95,6 +97,7 @@ def test_the_worker_s_loop_sends_what_has_ended(pair: Pair, ahead: int) -> None:
 
 
 def test_the_stories_have_everything_in_them(pair: Pair) -> None:
+    assert MANY > 2 * BUFFER_BLOCKS, "more than both buffers hold"
     seen: Counter[str] = Counter()
     for seed in range(8):
         plans, _ = story(pair, seed, seen)
@@ -104,6 +107,7 @@ def test_the_stories_have_everything_in_them(pair: Pair) -> None:
     for what in (
         *("fetch", "spill", "rebind", "fork", "end", "error", "for nobody", "decodes only"),
         *("preempted with a token in flight", "ended with a token in flight"),
+        *("many spills", "many fetches"),
         *("grammar", "prompt logprobs"),
     ):
         assert seen[what] >= 8, f"{what}: {seen}"
@@ -203,29 +207,52 @@ def test_buffers_that_grow_take_the_graphs_along(
     assert counted(queue, "record") == 2
 
 
-def test_the_disk_gets_its_orders_when_the_copies_have_happened(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A file must not be written from a place whose spill is under way."""
+def _orders(pair: Pair, *plans: StepPlan) -> tuple[list[tuple[DiskOp, torch.Tensor]], float]:
+    """(What the disk was told and the place then, the first step's copy_seconds), of plans that
+    spill block 70, which is of sevens."""
     queue = FakeQueue(5, 0.0)
     runner = pair.device(queue)
     orders: list[tuple[DiskOp, torch.Tensor]] = []
 
     class Disk:
         def put(self, op: DiskOp) -> None:
-            orders.append((op, runner._host._places[op.place].clone()))
+            orders.append((op, runner._host.places[op.place].clone()))
 
     runner._disk = Disk()  # type: ignore[assignment]
-    for tensor in (*pair.model.pools.keys, *pair.model.pools.values):
+    runner._host.places.zero_()
+    for tensor in pair.model.pools.tensors:
         tensor[70] = 7.0
-    op = DiskOp("write", bytes(32), 3)
     driver = Driver(runner, queue)
-    driver.submit(StepPlan(1, (), copies=(BlockCopy("spill", 70, 3),), disk=(op,)))
-    assert not orders
-    driver.submit(StepPlan(2, ()))
-    assert [one for one, _ in orders] == [op]
-    assert torch.all(orders[0][1] == 7.0)
-    assert driver.results[0].copy_seconds > 0
+    for plan in plans:
+        assert not orders
+        driver.submit(plan)
+    driver.submit(StepPlan(9, ()))
+    return orders, driver.results[0].copy_seconds
+
+
+SPILL = (BlockCopy("spill", 70, 3),)
+WRITE = (DiskOp("write", bytes(32), 3),)
+
+
+@pytest.mark.parametrize(
+    "plans",
+    [
+        (StepPlan(1, (), copies=SPILL, disk=WRITE),),
+        (StepPlan(1, (), copies=SPILL), StepPlan(2, (), disk=WRITE)),
+    ],
+    ids=["of the same plan", "of an earlier plan"],
+)
+def test_the_disk_gets_its_orders_when_the_copies_have_happened(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, plans: tuple[StepPlan, ...]
+) -> None:
+    """A file must not be written from a place whose spill is under way."""
+    ((op, place),), copy_seconds = _orders(pair, *plans)
+    assert op == WRITE[0] and torch.all(place == 7.0)
+    assert copy_seconds > 0
+    # And without the wait it would be: nothing else of these steps needs the copy.
+    monkeypatch.setattr(FakeQueue, "follow", lambda queue, copied: None)
+    ((op, place),), _ = _orders(pair, *plans)
+    assert op == WRITE[0] and torch.all(place == 0.0)
 
 
 def test_memory_is_released_when_nothing_is_under_way(

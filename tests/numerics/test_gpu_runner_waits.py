@@ -82,9 +82,11 @@ def test_a_step_that_waits_for_itself_is_noticed(
 
 
 @pytest.mark.parametrize("kind", ["spill", "fetch"])
-def test_a_copy_that_does_not_wait_is_noticed(pair: Pair, kind: str) -> None:
-    """A block is saved, the next plan fetches it elsewhere: with nobody to order the streams, it
-    is saved before it is computed, or fetched after it is read."""
+def test_a_copy_that_does_not_wait_is_noticed(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A block is saved, the next plan fetches it elsewhere: what is copied out is not gathered yet,
+    or what is copied in is read before. More in test_bounce.py."""
     prompt = prompt_of(20)
     spill, fetch = BlockCopy("spill", 10, 4), BlockCopy("fetch", 4, 80)
     add = (NewSequence(1, prompt, 20, GREEDY),)
@@ -93,14 +95,21 @@ def test_a_copy_that_does_not_wait_is_noticed(pair: Pair, kind: str) -> None:
         StepPlan(1, (), copies=(spill,)),
         StepPlan(2, (Chunk(1, 16, 20, (80, 81), True),), add, (0, 1), (fetch,)),
     ]
-    queue = FakeQueue(0, 0.0, copies_wait=False)
-    queue.prefers_copies = kind == "spill"
-    for tensor in (*pair.model.pools.keys, *pair.model.pools.values):
+    for tensor in pair.model.pools.tensors:
         tensor[10], tensor[80] = 0.5, 0.5
     right = expected(pair, plans)
-    assert bits(Driver(pair.device(queue), queue).run(plans)) != right
-    queue = FakeQueue(0, 0.0)
-    assert bits(Driver(pair.device(queue), queue).run(plans)) == right
+
+    def run() -> list[Any]:
+        queue = FakeQueue(0, 0.0, prefers_copies=kind == "spill")
+        return bits(Driver(pair.device(queue), queue).run(plans))
+
+    assert run() == right
+    copy = FakeQueue.copy
+    if kind == "spill":
+        monkeypatch.setattr(FakeQueue, "copy", lambda queue, work, after: copy(queue, work, None))
+    else:
+        monkeypatch.setattr(FakeQueue, "follow", lambda queue, copied: None)
+    assert run() != right
 
 
 def test_a_graph_that_outlives_its_buffer_is_noticed(

@@ -79,6 +79,8 @@ def _other_shape(*arguments: Any) -> torch.Tensor:
         ("add_rms_norm", _no_residual),
         ("sample_rows", _next_token),
         ("copy_blocks", lambda *_: None),
+        ("gather_blocks", lambda *_: None),
+        ("scatter_blocks", lambda *_: None),
     ],
 )
 def test_a_wrong_kernel_is_left_out_by_name(name: str, kernel: Any) -> None:

@@ -51,6 +51,9 @@ def _step(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     ops.rotary(q, k, angle.cos(), angle.sin())
     ops.write_kv(k, v, pools[0], pools[1], slots)
     ops.copy_blocks(list(pools), [(1, 0)])
+    rows = pools.new_zeros(2, 2 * BLOCK_SIZE * 16)
+    ops.gather_blocks(list(pools), [2, 1], rows)
+    ops.scatter_blocks(rows, list(pools), [1, 2])
     return residual, ops.rms_norm(gated, weight.new_ones(gated.shape[1]), 1e-5), pools
 
 

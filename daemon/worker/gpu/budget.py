@@ -57,6 +57,8 @@ class Costs:
     is_packed: bool
     """Some layer's weights are."""
     on_gpu: bool
+    bounce: int = 0
+    """Bytes of the buffers by way of which blocks go to the host."""
 
     def step_bytes(self, step: Step) -> int:
         """Most bytes of tensors at once, of the step and of all smaller ones: sums of packed
@@ -66,12 +68,12 @@ class Costs:
 
     def reserve_bytes(self, step: Step, total: int) -> int:
         """For recorded graphs, whose steps of decodes have memory of their own, for what of the
-        last chunk of each pool is no block, and for libraries."""
+        last chunk of each pool is no block, for copies to the host, and for libraries."""
         config = self.config
         graphs = self.step_bytes(Step(max(1, step.sequences), 0, step.context))
         pools = 2 * len(config.layers)
         chunks = pools * chunk_bytes(_GRANULARITY, total // pools, pools)
-        return graphs + chunks + LIBRARY_BYTES
+        return graphs + chunks + self.bounce + LIBRARY_BYTES
 
     def _bytes(self, step: Step) -> int:
         config, rows = self.config, step.tokens
@@ -258,7 +260,8 @@ def kv_budget(
     raise error(
         f"{what}, more than the {max(0, left)} bytes that {device} has left: {free} of its {total} "
         f"are free beside weights of {needs.weights}, a step of {needs.tokens} tokens takes "
-        f"{needs.step}, and {needs.reserve + margin} are kept for graphs, libraries and as a margin"
+        f"{needs.step}, and {needs.reserve + margin} are kept for graphs, copies, libraries and as "
+        "a margin"
     )
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor
 
-from quantd.daemon.worker.gpu.queue import Graph, Mark, Work
+from quantd.daemon.worker.gpu.queue import Copied, Graph, Mark, Work
 
 
 class CudaMark:
@@ -26,6 +26,14 @@ class CudaMark:
 
     def wait(self) -> None:
         self.event.synchronize()
+
+
+class CudaCopied:
+    """An event in the copying stream."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.event.record(stream)
 
 
 class CudaGraph:
@@ -70,11 +78,17 @@ class CudaQueue:
     def run(self, work: Work) -> None:
         work()
 
-    def copy(self, work: Work) -> None:
-        self._copying.wait_stream(self._compute)
+    def copy(self, work: Work, after: Mark | None) -> Copied:
+        if after is not None:
+            assert isinstance(after, CudaMark)
+            self._copying.wait_event(after.event)
         with torch.cuda.stream(self._copying):
             work()
-        self._compute.wait_stream(self._copying)
+        return CudaCopied(self._copying)
+
+    def follow(self, copied: Copied) -> None:
+        assert isinstance(copied, CudaCopied)
+        self._compute.wait_event(copied.event)
 
     def upload(self, source: Tensor, target: Tensor) -> None:
         target.copy_(source, non_blocking=True)

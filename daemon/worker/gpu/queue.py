@@ -27,6 +27,10 @@ class Mark(Protocol):
         """Returns when it is reached."""
 
 
+class Copied(Protocol):
+    """A place in the copying stream, for `Queue.follow`."""
+
+
 class Graph(Protocol):
     """Work that was recorded once."""
 
@@ -43,9 +47,14 @@ class Queue(Protocol):
     def run(self, work: Work) -> None:
         """Puts work into the computing stream."""
 
-    def copy(self, work: Work) -> None:
-        """Puts work into the copying stream. It begins when what is in the computing stream now is
-        done; what is put into the computing stream later begins when it is done."""
+    def copy(self, work: Work, after: Mark | None) -> Copied:
+        """Puts work into the copying stream, and gives the place behind it. It begins when what is
+        in the copying stream now is done and `after` is reached, and waits for nothing else of the
+        computing stream, as nothing there waits for it but what `follow`s."""
+
+    def follow(self, copied: Copied) -> None:
+        """What is put into the computing stream from now on begins when the copying stream has got
+        there. The host does not wait."""
 
     def upload(self, source: Tensor, target: Tensor) -> None:
         """In the computing stream: `target`, on the device, becomes `source`, which is pinned and

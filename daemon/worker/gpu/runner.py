@@ -32,6 +32,7 @@ from quantd.daemon.types import (
     TokenTable,
 )
 from quantd.daemon.worker.disk import DiskTier
+from quantd.daemon.worker.gpu.bounce import Bounce
 from quantd.daemon.worker.gpu.frame import Downward, Upward
 from quantd.daemon.worker.gpu.graphs import Graphs, is_decode, padded
 from quantd.daemon.worker.gpu.queue import Mark, Queue, Work
@@ -54,7 +55,7 @@ class _Step:
     begun: Mark
     """Before its copies."""
     copied: Mark | None = None
-    """Behind its copies, if there are any."""
+    """Behind its copies, if there are any, but for those from buffers to the host."""
     wanted: Wanted = field(default_factory=Wanted)
     hidden: list[Tensor] = field(default_factory=list)
     """What the forward pass's work leaves: the rows that are asked for, one tensor."""
@@ -71,7 +72,8 @@ class GpuRunner:
 
     `StepResult.seconds` is the device's time from the end of the step before, or from the launch
     where the device had nothing to do, to this step's own end; `copy_seconds` is the part of it
-    until the copies were done. `mask_wait_seconds` is the host's time, beside the forward pass.
+    for which copies kept it from computing. `mask_wait_seconds` is the host's time, beside the
+    forward pass.
     """
 
     def __init__(self, model: Model, load: LoadModel, queue: Queue) -> None:
@@ -80,6 +82,7 @@ class GpuRunner:
         self._mirror = Mirror(self._grammars.open)
         self._sampler = DeviceSampler(model.info.vocab_size)
         self._host = HostPool(model.pools, model.info.num_host_blocks)
+        self._bounce = Bounce(queue, model.pools, self._host, self._run)
         self._disk: DiskTier | None = None
         self._graphs = Graphs(queue)
         self._batches = Upward(queue, self._graphs.drop)
@@ -161,23 +164,14 @@ class GpuRunner:
 
     def _copy(self, copies: Sequence[BlockCopy]) -> None:
         """One after the other: a block that one copy saves may be the next one's target."""
-        pools = (*self._model.pools.keys, *self._model.pools.values)
-        for is_cow, part in groupby(copies, lambda copy: copy.kind == "cow"):
+        for kind, part in groupby(copies, lambda copy: copy.kind):
             some = tuple(part)
-            assert all(copy.kind != "trim" for copy in some), "pools on a device are not trimmed"
-            if is_cow:
+            assert kind != "trim", "pools on a device are not trimmed"
+            if kind == "cow":
                 pairs = [(copy.src, copy.dst) for copy in some]
-                work = partial(ops.copy_blocks, pools, pairs)
-                self._attempt(partial(self._queue.run, work))
+                self._run(partial(ops.copy_blocks, self._model.pools.tensors, pairs))
             else:
-                self._queue.copy(partial(self._move, some))
-
-    def _move(self, copies: Sequence[BlockCopy]) -> None:
-        for copy in copies:
-            if copy.kind == "spill":
-                self._host.save(copy.src, copy.dst)
-            else:
-                self._host.restore(copy.src, copy.dst)
+                self._bounce.copy(some)
 
     def _compute(self, batch: Batch, hidden: list[Tensor]) -> None:
         arrays: dict[str, NDArray[Any]] = {
@@ -262,6 +256,9 @@ class GpuRunner:
             step.saying = saying
         for i, sequence in enumerate(sequences):
             sequence.pending = i
+        if step.plan.disk and self._bounce.last is not None:
+            # Also what earlier plans have copied: the disk may want the places of those.
+            self._queue.follow(self._bounce.last)
         step.ended = self._queue.mark()
 
     def _say(self, saying: Saying, hidden: list[Tensor]) -> None:
@@ -273,6 +270,10 @@ class GpuRunner:
         saying.host = landing.host
 
     # --- memory ----------------------------------------------------------------------------------
+
+    def _run(self, work: Work) -> None:
+        """Puts it into the computing stream, as `_attempt` does it."""
+        self._attempt(partial(self._queue.run, work))
 
     def _attempt(self, work: Work) -> None:
         """Does it, once more if the device has no memory: without graphs, which are recorded again
