@@ -68,8 +68,8 @@ class Parts:
             self.fill(block, block)
         self.queue.settle()
         self.host.places.zero_()
-        for _ in range(2):
-            next(self.bounce._turns).rows.fill_(STALE)
+        for buffer in (*self.bounce._outs, *self.bounce._ins):
+            buffer.rows.fill_(STALE)
         self.settle()
 
     def fill(self, block: int, value: float) -> None:

@@ -4,7 +4,7 @@ what is where at the end, and what was read on the way. Then without each of the
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any, Literal
@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics.fake_queue import FakeCopied, FakeMark, FakeQueue, poisoned
+from numerics.fake_queue import FakeQueue, poisoned
 from torch import Tensor
 
 from quantd.daemon.types import BlockCopy
@@ -71,9 +71,9 @@ class World:
 
     def copy(self, *copies: BlockCopy) -> None:
         """As the runner does."""
-        for kind, part in groupby(copies, lambda one: one.kind):
+        for is_cow, part in groupby(copies, lambda one: one.kind == "cow"):
             some = tuple(part)
-            if kind == "cow":
+            if is_cow:
                 pairs = [(one.src, one.dst) for one in some]
                 self.queue.run(partial(ops.copy_blocks, self.pools.tensors, pairs))
             else:
@@ -139,23 +139,21 @@ def test_any_copies_in_any_schedule_are_as_one_after_another(
 
 
 class Deaf(FakeQueue):
-    """Leaves out one kind of wait. Buffers take turns, so what a reuse waits for is never the
-    newest in its stream, and what a copy itself waits for always is."""
+    """Leaves out one kind of wait."""
 
+    bounce: Bounce
     left_out = ""
     num_left_out = 0
 
     def copy(self, work: Work, after: Mark | None) -> Copied:
         if after is not None:
-            assert isinstance(after, FakeMark)
-            wait = "gathered" if after.place == self._num_put else "scattered"
-            after = None if self._leaves_out(wait) else after
+            is_reuse = any(after is buffer.scattered for buffer in self.bounce._ins)
+            after = None if self._leaves_out("scattered" if is_reuse else "gathered") else after
         return super().copy(work, after)
 
     def follow(self, copied: Copied) -> None:
-        assert isinstance(copied, FakeCopied)
-        is_newest = copied.place == self.num_copied + len(self._copying)
-        if not self._leaves_out("copied in" if is_newest else "saved"):
+        is_reuse = any(copied is buffer.saved for buffer in self.bounce._outs)
+        if not self._leaves_out("saved" if is_reuse else "copied in"):
             super().follow(copied)
 
     def _leaves_out(self, wait: str) -> bool:
@@ -177,6 +175,7 @@ def _worlds(change: Callable[[World], None]) -> tuple[int, int]:
     for seed in range(30):
         queue = Deaf(seed, (0.0, 0.3)[seed % 2], prefers_copies=seed % 3 == 0)
         world = World(queue)
+        queue.bounce = world.bounce
         change(world)
         some_steps(world, seed)
         wrong += not world.is_right()
@@ -206,6 +205,14 @@ def test_gathered_beside_the_steps_it_is_wrong() -> None:
     assert _worlds(gather_beside)[0] >= 3
 
 
+def test_put_together_whatever_they_touch_it_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_spills_first(copies: Sequence[BlockCopy]) -> Any:
+        yield [c for c in copies if c.kind == "spill"], [c for c in copies if c.kind == "fetch"]
+
+    monkeypatch.setattr(bounce, "_groups", all_spills_first)
+    assert _worlds(lambda world: None)[0] >= 3
+
+
 def test_the_computing_stream_waits_for_no_spill() -> None:
     """As many as both buffers hold: what is computed after them is done and no copy is."""
     world = World(FakeQueue(0, 0.0))
@@ -224,13 +231,51 @@ def test_a_fetch_is_copied_beside_the_step_under_way() -> None:
     assert world.is_right()
 
 
+def test_spills_and_fetches_by_turns_are_put_together() -> None:
+    """As a full pool gives them: each fetch into the block that was just spilled. All is gathered
+    at once, and what is fetched is copied beside the step under way, before what is spilled."""
+    world = World(FakeQueue(0, 0.0))
+    world.write(0, 70)
+    world.copy(
+        BlockCopy("spill", 0, 3),
+        BlockCopy("fetch", 0, 0),
+        BlockCopy("spill", 1, 4),
+        BlockCopy("fetch", 1, 1),
+    )
+    assert len(world.queue._copying) == 2
+    # The step, gathering, a mark, a wait, scattering, a mark; nothing waits for the copy out.
+    assert world.queue._num_put == 6
+    world.queue.compute_until(6)
+    assert world.queue.num_copied == 1
+    assert world.is_right()
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (("fetch", 0, 1), ("spill", 1, 2)),
+        (("fetch", 0, 1), ("spill", 2, 0)),
+        (("spill", 1, 0), ("fetch", 0, 2)),
+        (("spill", 1, 0), ("fetch", 1, 1)),
+    ],
+    ids=["saves what came", "into a place that was read", "reads what was saved", "into its block"],
+)
+@pytest.mark.parametrize("prefers_copies", [False, True])
+def test_what_touches_the_same_stays_in_order(
+    first: Any, second: Any, prefers_copies: bool
+) -> None:
+    world = World(FakeQueue(0, 0.0, prefers_copies=prefers_copies))
+    world.copy(BlockCopy(*first), BlockCopy(*second))
+    assert world.is_right()
+
+
 def test_how_large_buffers_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounce, "BUFFER_BYTES", 16 << 20)
     assert buffer_blocks(2 << 20, 1000) == 8
     assert buffer_blocks(3 << 20, 1000) == 5
     assert buffer_blocks(17 << 20, 1000) == 1, "a block is not cut"
     assert buffer_blocks(2 << 20, 3) == 3, "no more than there are places"
-    assert bounce_bytes(3 << 20, 1000) == 2 * 15 << 20
+    assert bounce_bytes(3 << 20, 1000) == 4 * 15 << 20
     assert bounce_bytes(2 << 20, 0) == 0, "there is no host tier"
 
 
@@ -239,4 +284,4 @@ def test_without_a_host_tier_nothing_is_allocated() -> None:
     pools = KvPools((pool,), (pool,), 2, 2 * pool[0].nbytes)
     queue = FakeQueue()
     made = Bounce(queue, pools, HostPool(pools, 0), queue.run)
-    assert all(next(made._turns).rows.nbytes == 0 for _ in range(2))
+    assert all(buffer.rows.nbytes == 0 for buffer in (*made._outs, *made._ins))

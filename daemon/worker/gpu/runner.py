@@ -164,10 +164,10 @@ class GpuRunner:
 
     def _copy(self, copies: Sequence[BlockCopy]) -> None:
         """One after the other: a block that one copy saves may be the next one's target."""
-        for kind, part in groupby(copies, lambda copy: copy.kind):
+        for is_cow, part in groupby(copies, lambda copy: copy.kind == "cow"):
             some = tuple(part)
-            assert kind != "trim", "pools on a device are not trimmed"
-            if kind == "cow":
+            assert all(copy.kind != "trim" for copy in some), "pools on a device are not trimmed"
+            if is_cow:
                 pairs = [(copy.src, copy.dst) for copy in some]
                 self._run(partial(ops.copy_blocks, self._model.pools.tensors, pairs))
             else:
