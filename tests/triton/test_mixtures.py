@@ -156,9 +156,9 @@ def test_what_waits_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "rows"),
-    [(form, rows) for form in FORMS for rows in (1, 9)]
-    + [(form, 45) for form in ("dense", "4 bits, act-order", "W8A8")],
+    ("form", "rows", "dtype"),
+    [(form, *case) for form in FORMS for case in ((1, torch.float16), (9, torch.float32))]
+    + [(form, 45, torch.float16) for form in ("dense", "4 bits, act-order", "W8A8")],
 )
 def test_all_at_once_is_one_after_the_other(dtype: torch.dtype, form: str, rows: int) -> None:
     logits = torch.randn(rows, NUM_EXPERTS).to(dtype)
@@ -167,12 +167,14 @@ def test_all_at_once_is_one_after_the_other(dtype: torch.dtype, form: str, rows:
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 4, 5])
-@pytest.mark.parametrize("form", ["dense", "4 bits, a table"])
+@pytest.mark.parametrize(
+    ("form", "dtype"), [("dense", torch.float16), ("4 bits, a table", torch.float32)]
+)
 def test_any_number_of_experts(dtype: torch.dtype, form: str, top_k: int) -> None:
     check(FORMS[form], dtype, top_k, torch.randn(7, NUM_EXPERTS).to(dtype))
 
 
-@pytest.mark.parametrize("form", ["dense", "6 bits"])
+@pytest.mark.parametrize(("form", "dtype"), [("dense", torch.float16), ("6 bits", torch.float32)])
 def test_all_rows_to_one_expert(dtype: torch.dtype, form: str) -> None:
     logits = torch.zeros(90, NUM_EXPERTS, dtype=dtype)
     logits[:, 4] = 9.0
