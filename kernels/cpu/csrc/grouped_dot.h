@@ -368,21 +368,18 @@ typedef void g_run_function(const struct g_run *);
     static void g_run_##store##_##halves##_##nr(const struct g_run *a) { \
         g_run_blocks(store, halves, nr, a);                              \
     }
-#define G_RUNS(store)                                        \
-    G_RUN(store, 1, 1) G_RUN(store, 1, 2) G_RUN(store, 1, 4) \
-    G_RUN(store, 2, 1) G_RUN(store, 2, 2) G_RUN(store, 2, 4) \
-    G_RUNS_OF_8(store)
+/* Every number of rows up to G_TILE in one pass: a second one costs as much as the first. */
 #if defined(__AVX512VNNI__)
-#define G_RUNS_OF_8(store) G_RUN(store, 1, 8) G_RUN(store, 2, 8)
-#define G_NAME_OF_8(store, halves) g_run_##store##_##halves##_8
+#define G_EACH(of, store, halves)                                                       \
+    of(store, halves, 1) of(store, halves, 2) of(store, halves, 3) of(store, halves, 4) \
+    of(store, halves, 5) of(store, halves, 6) of(store, halves, 7) of(store, halves, 8)
 #else
-#define G_RUNS_OF_8(store)
-#define G_NAME_OF_8(store, halves) NULL
+#define G_EACH(of, store, halves) \
+    of(store, halves, 1) of(store, halves, 2) of(store, halves, 3) of(store, halves, 4)
 #endif
-#define G_NAMES(store, halves)                                       \
-    {g_run_##store##_##halves##_1, g_run_##store##_##halves##_2,     \
-     g_run_##store##_##halves##_4, G_NAME_OF_8(store, halves)}
-#define G_ENTRY(store) [store] = {G_NAMES(store, 1), G_NAMES(store, 2)}
+#define G_NAME(store, halves, nr) g_run_##store##_##halves##_##nr,
+#define G_RUNS(store) G_EACH(G_RUN, store, 1) G_EACH(G_RUN, store, 2)
+#define G_ENTRY(store) [store] = {{G_EACH(G_NAME, store, 1)}, {G_EACH(G_NAME, store, 2)}}
 
 G_RUNS(G_RAW8)
 #if defined(__AVX2__)
@@ -392,8 +389,8 @@ G_RUNS(G_RAW5) G_RUNS(G_RAW6) G_RUNS(G_RAW1)
 #endif
 #endif
 
-/* [store][halves - 1][log2(rows)] */
-static g_run_function *const g_runs[G_STORES][2][4] = {
+/* [store][halves - 1][rows - 1] */
+static g_run_function *const g_runs[G_STORES][2][G_TILE] = {
     G_ENTRY(G_RAW8),
 #if defined(__AVX2__)
     G_ENTRY(G_2), G_ENTRY(G_3), G_ENTRY(G_4), G_ENTRY(G_5), G_ENTRY(G_6), G_ENTRY(G_8),
@@ -406,14 +403,13 @@ static g_run_function *const g_runs[G_STORES][2][4] = {
 
 /* For `rows` rows, as many at once as there are registers for. */
 static void g_run(int store, int halves, int64_t rows, struct g_run run) {
-    for (int power = 3; power >= 0; power--) {
-        g_run_function *function = g_runs[store][halves - 1][power];
-        for (; function && rows >= 1 << power; rows -= 1 << power) {
-            function(&run);
-            run.x += run.x_blocks * G_COLUMNS << power;
-            run.x_scales += run.x_blocks << power;
-            run.total += G_ROWS << power;
-        }
+    while (rows > 0) {
+        const int64_t some = rows < G_TILE ? rows : G_TILE;
+        g_runs[store][halves - 1][some - 1](&run);
+        run.x += some * run.x_blocks * G_COLUMNS;
+        run.x_scales += some * run.x_blocks;
+        run.total += some * G_ROWS;
+        rows -= some;
     }
 }
 
