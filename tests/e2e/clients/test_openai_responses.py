@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -271,13 +272,16 @@ STORY = "Tell me what you know of these cities: " + ", ".join(
 )
 
 
+RUN = uuid.uuid4().hex
+
+
 def cached(response: Any) -> int:
     return int(response.usage.input_tokens_details.cached_tokens)
 
 
 def salted(salt: str) -> dict[str, Any]:
-    """Nobody else shares its blocks."""
-    return ASK | {"extra_body": {"cache_salt": salt, "ignore_eos": True}}
+    """Nobody else shares its blocks, and no earlier run of the same test at the same daemon."""
+    return ASK | {"extra_body": {"cache_salt": f"{salt} {RUN}", "ignore_eos": True}}
 
 
 def test_what_is_deleted_leaves_the_cache(client: openai.OpenAI) -> None:
