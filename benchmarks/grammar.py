@@ -59,7 +59,9 @@ async def streams(url: str, constrained: bool, temperature: float, repeat: int) 
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         bodies = []
         for number in range(STREAMS):
-            prompt = random.Random(number * 1000 + repeat).choices(TOKEN_IDS, k=PROMPT_TOKENS)
+            # Of its own for each run: what another run left in the cache would be a head start.
+            own = random.Random(f"{number} {repeat} {constrained} {temperature}")
+            prompt = own.choices(TOKEN_IDS, k=PROMPT_TOKENS)
             body: dict[str, Any] = {"prompt": prompt, "max_tokens": TOKENS, "seed": number}
             body["temperature"] = temperature
             if constrained:
