@@ -69,7 +69,10 @@ $(VENV)/portable/.built: $(VENV)/.dev $(wildcard daemon/*.py daemon/*/*.py daemo
 NATIVE_ONLY := tests/numerics/test_families.py::test_batched_as_alone \
 	tests/numerics/test_families.py::test_chunks \
 	tests/numerics/test_pooled.py::test_a_decoder_reads_a_prompt_in_chunks \
-	tests/kernels/test_encoder.py::test_activations
+	tests/kernels/test_encoder.py::test_activations \
+	tests/numerics/test_budget.py::test_a_step_takes_what_its_shapes_say \
+	tests/numerics/test_budget.py::test_a_loaded_model_gets_what_its_device_has_left \
+	tests/numerics/test_budget.py::test_a_process_takes_what_is_predicted
 
 test-portable: $(VENV)/portable/.built  ## the tests that need no C library, without it
 	PYTHONPATH=$(abspath $(VENV)/portable) $(BIN)/python -m pytest -q -n 2 --dist loadgroup \
