@@ -21,8 +21,11 @@ $(VENV)/.core: $(VENV)/bin/python pyproject.toml setup.py $(wildcard kernels/cpu
 	$(PIP) install -q --no-build-isolation -e .
 	@touch $@
 
+# Not `-e ".[dev]"`, which would compile the C library once more.
 $(VENV)/.dev: $(VENV)/.core
-	$(PIP) install -q --no-build-isolation -e ".[dev]"
+	@$(BIN)/python -c 'import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	print(*extras["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/dev.txt
+	$(PIP) install -q -r $(VENV)/dev.txt
 	@touch $@
 
 # The second generation of the SDK lives beside the first: a test drives both.
