@@ -1,7 +1,8 @@
 """The host pool: places outside the KV pool to which whole blocks are copied and come back.
 
 A place holds one block's keys and values of all layers in one piece, so that it is also what the
-disk tier writes. For a model on a CUDA device the places are pinned, and `gpu/bounce.py` copies.
+disk tier writes. For a model on a CUDA device the places are pinned, and `gpu/bounce.py` copies
+beside the steps; where steps run one after another anyway, `spill` and `fetch` wait for theirs.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from quantd.daemon.types import DiskDone, DiskIndex, LoadModel
 from quantd.daemon.worker.disk import DiskTier
@@ -32,12 +34,22 @@ class HostPool:
         keys of the first layer to the values of the last."""
 
     def spill(self, block: int, place: int) -> None:
-        """Copy `block` to `place`, on a CPU."""
-        ops.gather_blocks(self._pools.tensors, (block,), self.places[place : place + 1])
+        """Copy `block` to `place`; done when this returns."""
+        row = self.places[place : place + 1]
+        gathered = row if self._pools.keys[0].is_cpu else self._on_device(row)
+        ops.gather_blocks(self._pools.tensors, (block,), gathered)
+        if gathered is not row:
+            row.copy_(gathered)  # waits for the device: the disk may read the place next
 
     def fetch(self, place: int, block: int) -> None:
-        """Copy `place` to `block`, on a CPU."""
-        ops.scatter_blocks(self.places[place : place + 1], self._pools.tensors, (block,))
+        """Copy `place` to `block`; the place may be written to when this returns."""
+        row = self.places[place : place + 1]
+        if not self._pools.keys[0].is_cpu:
+            row = self._on_device(row).copy_(row)
+        ops.scatter_blocks(row, self._pools.tensors, (block,))
+
+    def _on_device(self, row: Tensor) -> Tensor:
+        return torch.empty_like(row, device=self._pools.keys[0].device)
 
     def open_disk(
         self, load: LoadModel, kv_revision: str, send: Callable[[DiskDone | DiskIndex], None]

@@ -268,6 +268,16 @@ def test_the_disk_sees_a_place_when_the_copy_has_happened(parts: Parts) -> None:
     assert bool(torch.all(found == 6))
 
 
+def test_without_a_queue_a_copy_is_done_when_the_call_returns(parts: Parts) -> None:
+    """For models that give vectors, whose disk is told of a place at once."""
+    parts.settle()
+    parts.host.spill(3, 1)
+    assert bool(parts.host.places[1].eq(3).all())
+    parts.host.fetch(1, 5)
+    parts.host.places.zero_()
+    assert all(bool(tensor[5].eq(3).all()) for tensor in parts.pools.tensors)
+
+
 @NEEDS_STREAMS
 def test_blocks_whose_offset_fits_in_no_32_bits(parts: Parts) -> None:
     """In elements, and so in bytes."""
