@@ -34,8 +34,8 @@ _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 class Memory:
     file: int
     size: int
-    is_open: bool = True
-    """Its handle was not released."""
+    handles: int = 1
+    """That were not released."""
     mappings: int = 0
 
 
@@ -131,15 +131,23 @@ class FakeLibrary:
 
     def _cuMemRelease(self, handle: int) -> int:
         memory = self.memories.get(handle)
-        if memory is None or not memory.is_open:
+        if memory is None or not memory.handles:
             return INVALID
-        memory.is_open = False
+        memory.handles -= 1
         self._collect()
         return OK
 
+    def _cuMemRetainAllocationHandle(self, handle: Any, address: int) -> int:
+        for number, memory in self.memories.items():
+            if memory is self.mapped.get(address):
+                memory.handles += 1
+                handle[0] = number
+                return OK
+        return INVALID
+
     def _cuMemMap(self, address: int, size: int, offset: int, handle: int, flags: int) -> int:
         memory = self.memories.get(handle)
-        if memory is None or not memory.is_open or size != memory.size or offset or flags:
+        if memory is None or not memory.handles or size != memory.size or offset or flags:
             return INVALID
         inside = any(
             start <= address and address + size <= start + length
@@ -182,7 +190,7 @@ class FakeLibrary:
 
     def _collect(self) -> None:
         for handle, memory in list(self.memories.items()):
-            if not memory.is_open and not memory.mappings:
+            if not memory.handles and not memory.mappings:
                 os.close(memory.file)
                 del self.memories[handle]
 

@@ -110,6 +110,38 @@ def test_the_waste_block_is_nobodys(library: FakeLibrary) -> None:
         tensor[pools.waste_block] = 3
 
 
+def test_the_first_address_can_always_be_read(library: FakeLibrary) -> None:
+    """Triton refuses to launch with a tensor whose first address the driver says nothing of."""
+    pools = make(library)
+    first = [tensor.data_ptr() for tensor in pools.tensors]
+    assert all(is_accessible(address, 1) for address in first)
+    assert library.used == GRANULARITY, "it takes no memory of its own"
+    pools.ensure_blocks([90])
+    assert all(is_accessible(address, 1) for address in first)
+    assert not is_accessible(first[0] + GRANULARITY, 1)
+    for i, tensor in enumerate(pools.tensors):
+        tensor[90] = 10 + i
+    pools.ensure_blocks([0])
+    for i, tensor in enumerate(pools.tensors):
+        tensor[0], tensor[pools.waste_block] = i, -1
+        assert torch.all(tensor[0] == i) and torch.all(tensor[90] == 10 + i)
+    pools.release([(0, 1)])
+    assert all(is_accessible(address, 1) for address in first)
+    assert all(torch.all(tensor[90] == 10 + i) for i, tensor in enumerate(pools.tensors))
+    assert pools.mapped_bytes == library.used - GRANULARITY
+
+
+@pytest.mark.parametrize("name", ["cuMemRetainAllocationHandle", "cuMemMap", "cuMemSetAccess"])
+def test_pools_whose_first_address_cannot_be_lent_memory_leave_nothing(
+    library: FakeLibrary, name: str
+) -> None:
+    library.fail = fail_at(name, 1 if "Retain" in name else NUM_POOLS + 2, INVALID)
+    with pytest.raises(DriverError, match=name):
+        make(library)
+    gc.collect()
+    library.close()
+
+
 def test_only_whole_chunks_go_and_parts_add_up(library: FakeLibrary) -> None:
     pools = make(library)
     pools.ensure(33)  # in chunks 0 to 3, of which the last has more blocks
@@ -125,7 +157,7 @@ def test_only_whole_chunks_go_and_parts_add_up(library: FakeLibrary) -> None:
     assert pools.mapped_bytes == full - NUM_POOLS * GRANULARITY
     for tensor in pools.tensors:
         assert torch.all(tensor[12:33] == 5)
-        assert not is_accessible(tensor.data_ptr(), 1)
+        assert not bool((tensor[0] == 5).any()), "the first chunk is there, and is another one"
     pools.ensure_blocks([2, 32])
     assert pools.mapped_bytes == full
     pools.release([(12, 33)])
@@ -287,6 +319,7 @@ class Used:
             )
         }
         assert self.pools.mapped_bytes == 2 * GRANULARITY * len(wanted)
+        assert all(is_accessible(tensor.data_ptr(), 1) for tensor in self.pools.tensors)
         for i, tensor in enumerate(self.pools.tensors):
             assert all(torch.all(tensor[at] == 2 * x + i) for at, x in self.written.items())
 
@@ -504,8 +537,10 @@ def test_signatures_are_those_of_the_header(header: Path, tmp_path: Path) -> Non
         declared = [re.sub(r"\w+$", "", one.strip()).strip() for one in found[1].split(",")]
         assert len(declared) == len(arguments), name
         for kind, argument in zip(declared, arguments, strict=True):
-            pointee = getattr(argument, "_type_", None) if "*" in kind else None
-            assert ("*" in kind) == isinstance(pointee, type), f"{name}: {kind}"
-            asked += [f"sizeof({kind})", f"sizeof(*({kind})0)" if "*" in kind else "0"]
+            is_pointer = "*" in kind and kind != "void *"
+            pointee = getattr(argument, "_type_", None) if is_pointer else None
+            assert is_pointer == isinstance(pointee, type), f"{name}: {kind}"
+            assert (kind == "void *") == (argument is ctypes.c_void_p), f"{name}: {kind}"
+            asked += [f"sizeof({kind})", f"sizeof(*({kind})0)" if is_pointer else "0"]
             expected += [ctypes.sizeof(argument), ctypes.sizeof(pointee) if pointee else 0]
     assert compile_against(header, asked, tmp_path) == expected

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_ubyte, c_ulonglong, c_ushort
+from ctypes import (
+    POINTER,
+    byref,
+    c_char_p,
+    c_int,
+    c_size_t,
+    c_ubyte,
+    c_ulonglong,
+    c_ushort,
+    c_void_p,
+)
 from typing import Any
 
 import torch
@@ -47,7 +57,7 @@ class AllocationProp(ctypes.Structure):
         ("type", c_int),
         ("requestedHandleTypes", c_int),
         ("location", Location),
-        ("win32HandleMetaData", ctypes.c_void_p),
+        ("win32HandleMetaData", c_void_p),
         ("allocFlags", AllocationFlags),
     )
 
@@ -63,6 +73,7 @@ PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuMemAddressFree": (c_ulonglong, c_size_t),
     "cuMemCreate": (POINTER(c_ulonglong), c_size_t, POINTER(AllocationProp), c_ulonglong),
     "cuMemRelease": (c_ulonglong,),
+    "cuMemRetainAllocationHandle": (POINTER(c_ulonglong), c_void_p),
     "cuMemMap": (c_ulonglong, c_size_t, c_size_t, c_ulonglong, c_ulonglong),
     "cuMemUnmap": (c_ulonglong, c_size_t),
     "cuMemSetAccess": (c_ulonglong, c_size_t, POINTER(AccessDesc), c_size_t),
@@ -121,6 +132,18 @@ class Driver:
         until it is unmapped at all of them. After an error nothing has changed."""
         handle = c_ulonglong()
         self._call("cuMemCreate", byref(handle), size, byref(self._prop), 0)
+        self._put(handle, addresses, size)
+
+    def share(self, source: int, target: int, size: int) -> None:
+        """What one `map` put at `source` is seen at `target` as well. After an error nothing has
+        changed."""
+        handle = c_ulonglong()
+        self._call("cuMemRetainAllocationHandle", byref(handle), source)
+        self._put(handle, [target], size)
+
+    def _put(self, handle: c_ulonglong, addresses: list[int], size: int) -> None:
+        """Gives the handle up: what is mapped stays without it, there is nothing to keep for each
+        chunk."""
         mapped: list[int] = []
         try:
             for address in addresses:
@@ -133,7 +156,6 @@ class Driver:
                 self.unmap(address, size)
             raise
         finally:
-            # What is mapped stays without its handle; there is nothing to keep for each chunk.
             self._call("cuMemRelease", handle)
 
     def unmap(self, address: int, size: int) -> None:

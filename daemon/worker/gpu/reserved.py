@@ -22,13 +22,20 @@ _MOST_CHUNK_BYTES = 64 << 20
 
 
 class ReservedTensor:
-    """Addresses, and which chunks of them have memory. The addresses live as long as `tensor`."""
+    """Addresses, and which chunks of them have memory. The addresses live as long as `tensor`.
+
+    The first chunk has `lent` memory while it has none of its own, for Triton asks the driver about
+    a tensor's first address before it launches, and refuses one that the device cannot read.
+    """
 
     def __init__(self, driver: Driver, num_bytes: int, chunk_bytes: int) -> None:
         self._driver = driver
         self._size, self._chunk_bytes = num_bytes, chunk_bytes
         self._address = driver.reserve(num_bytes)
         self._mapped: set[int] = set()
+        self._lender: int | None = None
+        """The chunk whose memory the first one has, or will have again."""
+        self._is_lent = False
 
     def tensor(self, device: torch.device) -> Tensor:
         """uint8, all of it. To be called once: with this tensor and its views go the memory and
@@ -41,8 +48,22 @@ class ReservedTensor:
     def is_mapped(self, chunk: int) -> bool:
         return chunk in self._mapped
 
+    def lend(self, chunk: int) -> None:
+        """From now on the first chunk has the memory of this one, which always has some, where it
+        has none of its own. Nobody counts on what is there."""
+        self._lender = chunk
+        self._lend()
+
     def map(self, chunk: int) -> None:
-        self._driver.map([self.address(chunk)], self._chunk_bytes)
+        """DriverError, and nothing has changed, when there is no memory."""
+        if chunk == 0:
+            self._take_back()
+        try:
+            self._driver.map([self.address(chunk)], self._chunk_bytes)
+        except DriverError:
+            if chunk == 0:
+                self._lend()
+            raise
         self.note(chunk)
 
     def note(self, chunk: int) -> None:
@@ -54,9 +75,24 @@ class ReservedTensor:
         """The device no longer uses it."""
         self._mapped.remove(chunk)
         self._driver.unmap(self.address(chunk), self._chunk_bytes)
+        if chunk == 0:
+            self._lend()
+
+    def _lend(self) -> None:
+        if self._lender is not None:
+            self._driver.share(self.address(self._lender), self._address, self._chunk_bytes)
+            self._is_lent = True
+
+    def _take_back(self) -> None:
+        # Work may be under way, but none that touches it: nobody has a block there.
+        if self._is_lent:
+            self._driver.unmap(self._address, self._chunk_bytes)
+            self._is_lent = False
 
     def _free(self) -> None:
         self._driver.synchronize()
+        self._take_back()
+        self._lender = None
         for chunk in sorted(self._mapped):
             self.unmap(chunk)
         self._driver.free(self._address, self._size)
@@ -104,6 +140,8 @@ class ReservedPools:
         """All blocks below are needed, and so have memory."""
         for chunk in range(num_chunks, all_chunks):
             self._map_waste(chunk)
+        for pool in pools:
+            pool.lend(num_chunks)
 
     @property
     def mapped_bytes(self) -> int:
