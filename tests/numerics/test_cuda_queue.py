@@ -3,8 +3,11 @@ only write down what was asked of them."""
 
 from __future__ import annotations
 
+import gc
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import pytest
@@ -48,11 +51,25 @@ class Event:
 
 
 class CUDAGraph:
-    def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+    users: Counter[str] = Counter()
+    """Graphs of each pool, as torch's allocator counts them."""
+    ended: set[str] = set()
+
+    def capture_begin(self, pool: str, capture_error_mode: str) -> None:
+        assert pool not in self.ended, "INTERNAL ASSERT FAILED: it->second->use_count > 0"
+        self.pool, self.is_ended = pool, False
+        self.users[pool] += 1
         Log.lines.append(f"record into {pool}, {capture_error_mode}")
 
     def capture_end(self) -> None:
+        self.is_ended = True
         Log.lines.append("recorded")
+
+    def __del__(self) -> None:
+        if self.is_ended:
+            self.users[self.pool] -= 1
+            if not self.users[self.pool]:
+                self.ended.add(self.pool)
 
     def replay(self) -> None:
         Log.lines.append("replay")
@@ -61,6 +78,9 @@ class CUDAGraph:
 @pytest.fixture
 def queue(monkeypatch: pytest.MonkeyPatch) -> CudaQueue:
     Log.lines = []
+    CUDAGraph.users.clear()
+    CUDAGraph.ended.clear()
+    handles = (f"pool {number}" for number in count())
     Stream.names = iter(("compute", "copying"))  # type: ignore[assignment]
 
     @contextmanager
@@ -77,7 +97,7 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> CudaQueue:
         "CUDAGraph": CUDAGraph,
         "stream": on,
         "set_stream": lambda stream: Log.lines.append(f"current: {stream.name}"),
-        "graph_pool_handle": lambda: "the pool",
+        "graph_pool_handle": lambda: next(handles),
         "synchronize": note("all is done"),
         "empty_cache": note("give back"),
     }.items():
@@ -119,7 +139,33 @@ def test_marks_are_in_the_computing_stream(queue: CudaQueue) -> None:
 def test_recording_waits_for_nothing(queue: CudaQueue) -> None:
     Log.lines = []
     queue.record(lambda: Log.lines.append("work")).replay()
-    assert Log.lines == ["record into the pool, thread_local", "work", "recorded", "replay"]
+    assert Log.lines == ["record into pool 1, thread_local", "work", "recorded", "replay"]
+
+
+def test_graphs_share_a_pool_until_the_last_of_them_has_gone(queue: CudaQueue) -> None:
+    graphs = [queue.record(lambda: None) for _ in range(3)]
+    del graphs[0]
+    graphs.append(queue.record(lambda: None))
+    assert set(CUDAGraph.users) == {"pool 1"} and CUDAGraph.users["pool 1"] == 3
+    for _ in range(2):
+        graphs.clear()
+        graphs += [queue.record(lambda: None) for _ in range(2)]
+    assert CUDAGraph.ended == {"pool 1", "pool 2"}
+
+
+def test_nothing_is_collected_while_it_is_recorded(queue: CudaQueue) -> None:
+    """The pools of a model that went before would wait for the device, which ends a recording."""
+    seen: list[bool] = []
+    queue.record(lambda: seen.append(gc.isenabled()))
+    assert seen == [False] and gc.isenabled()
+
+    def work() -> None:
+        seen.append(gc.isenabled())
+        raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        queue.record(work)
+    assert seen == [False, False] and gc.isenabled()
 
 
 def test_a_recording_that_finds_no_memory_is_ended(queue: CudaQueue) -> None:

@@ -5,8 +5,10 @@ It has not run on a GPU yet (docs/gpus.md); what is put into it was, by the test
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -37,6 +39,8 @@ class CudaCopied:
 
 
 class CudaGraph:
+    """Its memory goes back to its pool when this goes."""
+
     def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
         self._graph = graph
 
@@ -56,6 +60,19 @@ def _memory_errors() -> Iterator[None]:
         raise torch.OutOfMemoryError(str(error)) from None
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Nothing dies but what loses its last reference. What a collector finds might be pools of an
+    earlier model, which wait for the device before they go: that would void a recording."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class CudaQueue:
     """Makes a stream of its own the current one of the calling thread, for good: torch's allocator
     reuses memory in the order of the stream that was current when it was asked."""
@@ -68,8 +85,9 @@ class CudaQueue:
         self._compute = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         torch.cuda.set_stream(self._compute)
-        # One for all graphs: they run one after another, so that one's memory may be the next's.
+        self._graphs: WeakSet[CudaGraph] = WeakSet()
         self._pool = torch.cuda.graph_pool_handle()
+        """Of all graphs: they run one after another, so that one's memory may be the next's."""
 
     @property
     def device(self) -> torch.device:
@@ -107,19 +125,25 @@ class CudaQueue:
         return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def record(self, work: Work) -> Graph:
+        if not self._graphs:
+            # A pool ends with its last graph; torch asserts that it is not shared after that.
+            self._pool = torch.cuda.graph_pool_handle()
         # Not torch.cuda.graph, which waits for the device and empties the cache before. Other
         # threads (the disk's, the masks') may do as they like meanwhile: "thread_local".
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        try:
-            work()
-        except BaseException:
-            with suppress(RuntimeError):  # the recording is void, which it says as well
+        with _no_collection():
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            except BaseException:
+                with suppress(RuntimeError):  # the recording is void, which it says as well
+                    graph.capture_end()
+                raise
+            with _memory_errors():
                 graph.capture_end()
-            raise
-        with _memory_errors():
-            graph.capture_end()
-        return CudaGraph(graph)
+        recorded = CudaGraph(graph)
+        self._graphs.add(recorded)
+        return recorded
 
     def settle(self) -> None:
         torch.cuda.synchronize(self._device)
