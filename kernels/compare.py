@@ -23,6 +23,8 @@ MAX_NMSE = {torch.float32: 1e-9, torch.float16: 2.0**-19, torch.bfloat16: 2.0**-
 """Mean squared error over mean square. More than tests allow: both sides are rounded here, and what
 this is to find is wrong by far."""
 
+_CPU = torch.device("cpu")
+
 Make = Callable[[torch.Generator, torch.dtype], Iterable[tuple[Any, ...]]]
 
 
@@ -37,10 +39,11 @@ class Case(NamedTuple):
 
 
 def problem_of(case: Case, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with the kernel of `case` on a device, or None."""
+    """What is wrong with the kernel of `case` on a device, or None. The specification runs on the
+    CPU, where tests have tried it: a device may lack an operation of torch's for some dtype."""
     generator = torch.Generator().manual_seed(0)
     for arguments in case.arguments(generator, dtype):
-        got, want = ([_moved(a, device) for a in arguments] for _ in range(2))
+        want, got = ([_moved(a, place) for a in arguments] for place in (_CPU, device))
         expected = (case.specification(*want, **case.keywords), *want)
         try:
             outcome = (case.kernel(*got, **case.keywords), *got)
@@ -77,6 +80,7 @@ def _error(got: torch.Tensor, want: torch.Tensor) -> float:
     """Infinite where whole numbers differ, or one side has a NaN and the other has none."""
     if got.shape != want.shape or got.dtype != want.dtype:
         return float("inf")
+    got = got.to(want.device)
     if not got.is_floating_point():
         return 0.0 if torch.equal(got, want) else float("inf")
     wide, right = got.double(), want.double()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantd.daemon.types import DiskDone, DiskIndex, LoadModel
 from quantd.daemon.worker.disk import DiskTier
+from quantd.daemon.worker.gpu.pinned import pinned
 from quantd.daemon.worker.memory import KvPools
 from quantd.kernels import ops
 
@@ -27,9 +28,12 @@ class HostPool:
         first = pools.keys[0]
         layers, half = len(pools.keys), first[0].numel()
         self.place_bytes = pools.block_bytes
-        is_pinned = first.is_cuda and num_places > 0
         shape = (num_places, 2 * layers * half)
-        self.places = torch.empty(shape, dtype=first.dtype, pin_memory=is_pinned)
+        if first.is_cuda and num_places > 0:
+            room = pinned(num_places * self.place_bytes)
+            self.places = room.view(first.dtype).view(shape)
+        else:
+            self.places = torch.empty(shape, dtype=first.dtype)
         """[places, numbers of one]: a row is what `ops.gather_blocks` makes of a block, from the
         keys of the first layer to the values of the last."""
 

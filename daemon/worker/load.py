@@ -144,10 +144,10 @@ def largest_step(load: LoadModel, max_context: int, pooling: Pooling | None) -> 
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of this process's model. A GPU becomes the current one, which is where Triton
-    launches."""
+    """The device of this process's model, a GPU with its number. It becomes the current one, which
+    is where Triton launches."""
     if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -156,9 +156,10 @@ def choose_device(name: str) -> torch.device:
         raise Refused(f"device = {name!r}, must be auto, cpu or cuda:N")
     if device.type == "cuda":
         count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
+        device = torch.device("cuda", device.index or 0)
+        if device.index >= count:
             raise Refused(f"device = {name!r}, but this machine has {count} CUDA devices")
-        torch.cuda.set_device(device.index or 0)
+        torch.cuda.set_device(device)
     return device
 
 

@@ -190,9 +190,13 @@ def load_weights(
 
     num_threads = ops.num_threads()
     num_loaders = min(_MAX_LOADERS, num_threads)
-    with ThreadPoolExecutor(
-        num_loaders, "load", lambda: ops.set_num_threads(max(1, num_threads // num_loaders))
-    ) as pool:
+
+    def begin() -> None:
+        ops.set_num_threads(max(1, num_threads // num_loaders))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread; Triton launches there
+
+    with ThreadPoolExecutor(num_loaders, "load", begin) as pool:
         # The largest first: the peak is then over before the rest is there, and no thread is left
         # alone with it at the end.
         order = sorted(specs, key=lambda name: -sizes[name])
