@@ -142,7 +142,12 @@ def span_product(
     return sum_
 
 
-@triton.jit
+_VARYING = ["rows", "spans", "groups"]
+"""Numbers that no kernel is compiled anew for, when one becomes 1 or a multiple of 16. Rows are
+others in each step, and no address's alignment follows from any of them."""
+
+
+@triton.jit(do_not_specialize=_VARYING)
 def grouped_kernel(
     x,  # [rows, columns]
     x_scale,  # fp32 [rows] or None: what the codes in x are multiplied by
@@ -228,7 +233,7 @@ def grouped_kernel(
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING[:2])
 def _add_spans_kernel(
     partial,  # fp32 [spans, rows, width]
     x_scale,

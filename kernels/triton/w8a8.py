@@ -72,7 +72,7 @@ def _quantize_kernel(
     tl.store(scale + row, step)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _byte_kernel(
     x,  # [rows, columns], padded with zeros to a multiple of 16
     x_scale,
