@@ -13,6 +13,7 @@ from quantd.daemon.worker.checkpoint import open_checkpoint
 from quantd.daemon.worker.dummy import DummySource
 from quantd.daemon.worker.gpu.bounce import bounce_bytes
 from quantd.daemon.worker.gpu.budget import Costs, Step, fitting_blocks
+from quantd.daemon.worker.gpu.sampler import try_sampling
 from quantd.daemon.worker.loader import (
     Progress,
     Refused,
@@ -95,6 +96,10 @@ def load_model(load: LoadModel, progress: Progress, pooling: PoolingPlan | None 
     weights = load_weights(config, source, tensors, choices, device, progress)
     decoder = Decoder(config, weights, dtype, max_context)
     if device.type == "cuda":
+        progress(LoadProgress("compiling", 0, 0))
+        if pooling is None:
+            hidden = torch.zeros(1, config.hidden_size, dtype=dtype, device=device)
+            try_sampling(decoder.logits(hidden), vocab_size)
         step = largest_step(load, max_context, pooled)
         is_packed = any(choice.quantizer.name != "dense" for choice in choices.linears)
         bounce = bounce_bytes(block_bytes(config, kv_dtype), host_blocks)

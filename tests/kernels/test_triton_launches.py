@@ -250,4 +250,3 @@ def test_the_grid_is_looked_at() -> None:
                 WIDTH=16, HAS_RESIDUAL=False,
             )  # fmt: skip
     assert found.count("rms_norm_kernel") == 3, "1, no multiple of 16, and one"
-

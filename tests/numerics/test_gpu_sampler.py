@@ -19,7 +19,8 @@ from numerics.mixed_rows import (
 )
 
 from quantd.daemon.types import Sampled, SamplingParams
-from quantd.daemon.worker.gpu.sampler import DeviceSampler
+from quantd.daemon.worker.gpu.frame import Upward
+from quantd.daemon.worker.gpu.sampler import DeviceSampler, try_sampling
 from quantd.daemon.worker.sampler import Sampler, SampleRow
 from quantd.kernels import ops
 from quantd.kernels.reference import sampling as spec
@@ -208,3 +209,30 @@ def test_a_failed_row_has_no_log_probability() -> None:
     assert [result.logprob for result in got] == [None] * 3
     assert [result.is_excluded for result in got] == [False, True, False]
     assert got[0].error is not None and "nan is the highest" in got[0].error
+
+
+def test_one_row_compiles_what_all_rows_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a model loads (`try_sampling`): for rows of any kind, as they come from a buffer, and
+    for a vocabulary that is no multiple of 16."""
+    pytest.importorskip("triton")
+    from gpu_launches import launches
+    from numerics.fake_queue import FakeQueue
+
+    from quantd.kernels.triton import sampling
+
+    def sample(logits: torch.Tensor, given: ops.SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, highest = sampling.sample_rows(logits, given)
+        return tokens.zero_(), highest.zero_()
+
+    monkeypatch.setattr(ops, "sample_rows", sample)
+    random = np.random.default_rng(0)
+    rows = [mixed_row(i, random, VOCAB) for i in range(NUM_ROWS)]
+    logits = torch.zeros(NUM_ROWS, VOCAB + 6, dtype=torch.bfloat16)
+    sampler, upward = DeviceSampler(VOCAB), Upward(FakeQueue(0, 1.0), lambda: None)
+    with launches() as found:
+        try_sampling(logits[:1], VOCAB)
+        assert found.names() == {"sample_kernel"}
+        for some in (rows, rows[:1], rows[3:4], rows[5:]):
+            plan = sampler.stage(some, mixed_masks(random, VOCAB))
+            sampler.run(logits[: len(some)], upward.upload(plan.arrays), plan)
+    assert len(found.launched) == 5 and len(found.compiled) == 1

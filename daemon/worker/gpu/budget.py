@@ -46,6 +46,12 @@ class Step:
     """That are sampled at once; 0: there is no output layer."""
     context: int
 
+    def smaller(self) -> list[Step]:
+        """It, and before it those of each power of two of tokens that is less."""
+        powers = (1 << i for i in range(self.tokens.bit_length()))
+        sizes = [size for size in powers if size < self.tokens]
+        return [replace(self, tokens=size) for size in (*sizes, self.tokens)]
+
 
 @dataclass(frozen=True, slots=True)
 class Costs:
@@ -63,8 +69,7 @@ class Costs:
     def step_bytes(self, step: Step) -> int:
         """Most bytes of tensors at once, of the step and of all smaller ones: sums of packed
         weights are apart where there are few rows."""
-        sizes = {step.tokens} | {1 << i for i in range(step.tokens.bit_length())}
-        return max(self._bytes(replace(step, tokens=min(size, step.tokens))) for size in sizes)
+        return max(map(self._bytes, step.smaller()))
 
     def reserve_bytes(self, step: Step, total: int) -> int:
         """For recorded graphs, whose steps of decodes have memory of their own, for what of the
@@ -191,7 +196,9 @@ def fitting_blocks(
     decoder: Decoder,
     device: torch.device,
 ) -> tuple[int, tuple[str, ...]]:
-    """(the KV budget in blocks, notes). Computes the largest step once. See `fit` for errors."""
+    """(the KV budget in blocks, notes). Computes the largest step once, and smaller ones: what is
+    compiled for a number of rows is compiled now (tests/kernels/test_triton_launches.py), and not
+    when somebody waits for a token. See `fit` for errors."""
     meter = CudaMeter(device)
     # One block, and the waste block: a step here counts on the latter alone.
     pools = allocate(costs.config, costs.kv_dtype, device, 1)
@@ -203,7 +210,11 @@ def fitting_blocks(
         weight_bytes, costs.step_bytes(step), costs.reserve_bytes(step, total), step.tokens
     )
     block = block_bytes(costs.config, costs.kv_dtype)
-    work = partial(compute, decoder, pools, step, device)
+
+    def work() -> None:
+        for one in step.smaller():
+            compute(decoder, pools, one, device)
+
     size, notes = fit(kv_bytes, block, needs, meter, work, device)
     return size // block, notes
 

@@ -183,6 +183,15 @@ class DeviceSampler:
         return found
 
 
+@torch.inference_mode()
+def try_sampling(logits: Tensor, vocab_size: int) -> None:
+    """Samples from logits [1, >= vocab_size], so that the kernel is compiled before it is needed."""
+    sampler = DeviceSampler(vocab_size)
+    plan = sampler.stage([SampleRow(0, SamplingParams(max_tokens=1, temperature=0.0), [0], 1)])
+    arrays = plan.arrays.items()
+    sampler.run(logits, {name: torch.tensor(a, device=logits.device) for name, a in arrays}, plan)
+
+
 def _joined(columns: Iterable[array[Any]], dtype: type[np.generic]) -> NDArray[Any]:
     # In a bytearray, because torch takes no array that cannot be written to.
     return np.frombuffer(bytearray().join(columns), dtype)
