@@ -78,6 +78,8 @@ def products() -> Iterator[tuple[str, Run]]:
 
 
 def mixtures() -> Iterator[tuple[str, Run]]:
+    x, weights = empty(MOST, HIDDEN), empty(MOST, 2, dtype=torch.float32)
+    ids = torch.arange(2 * MOST).remainder(8).view(MOST, 2)
     for name, bits in (("plain", 0), ("4 bits", 4)):
         stacks = []
         for shape in ((2 * 64, HIDDEN), (HIDDEN, 64)):
@@ -93,8 +95,6 @@ def mixtures() -> Iterator[tuple[str, Run]]:
             stacks.append(stack.together())
         gate_up, down = stacks
         assert gate_up is not None and down is not None
-        x, weights = empty(MOST, HIDDEN), empty(MOST, 2, dtype=torch.float32)
-        ids = torch.arange(2 * MOST).remainder(8).view(MOST, 2)
 
         def run(rows: int, gate_up: Any = gate_up, down: Any = down) -> object:
             return experts.feed_forward(

@@ -185,7 +185,7 @@ class DeviceSampler:
 
 @torch.inference_mode()
 def try_sampling(logits: Tensor, vocab_size: int) -> None:
-    """Samples from logits [1, >= vocab_size], so that the kernel is compiled before it is needed."""
+    """Samples from logits [1, >= vocab_size], which compiles the kernel before it is needed."""
     sampler = DeviceSampler(vocab_size)
     plan = sampler.stage([SampleRow(0, SamplingParams(max_tokens=1, temperature=0.0), [0], 1)])
     arrays = plan.arrays.items()
