@@ -71,8 +71,8 @@ def test_seeds_say_the_same_to_another_process_and_with_a_prefix_that_is_known(
 def test_a_pool_so_small_that_requests_are_preempted(
     demo: Daemon, serve: Callable[..., Daemon]
 ) -> None:
-    greedy = bodies(16, temperature=0, max_tokens=120)
-    seeded = bodies(16, temperature=1.3, seed=lambda i: 1000 + i, max_tokens=120)
+    greedy = bodies(8, temperature=0, max_tokens=120)
+    seeded = bodies(8, temperature=1.3, seed=lambda i: 1000 + i, max_tokens=120)
     alone = [text(demo, body) for body in greedy + seeded]
     # Room for 256 tokens: a few requests fit at first, and then they grow.
     tiny = serve("demo", "--dtype", "float32", "--threads", "1", "--kv-bytes", "2MiB")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simde import BY_SIMDE, by_simde
 
 from quantd.kernels import ops
 from quantd.kernels.cpu import grouped
@@ -29,14 +30,11 @@ CASES = [
 ]
 
 
-_EMULATED = "avx512vnni by SIMDe"
-
-
-@pytest.fixture(params=[*_LEVELS, _EMULATED], scope="module")
+@pytest.fixture(params=[*_LEVELS, *by_simde("avx512vnni")], scope="module")
 def lib(request: pytest.FixtureRequest) -> NativeGrouped:
     if not isinstance(_LIBRARY, Library):
         pytest.skip(f"no native library: {_LIBRARY}")
-    if request.param == _EMULATED:
+    if request.param == BY_SIMDE:
         return NativeGrouped(request.getfixturevalue("emulated"), "avx512vnni")
     return NativeGrouped(_LIBRARY, request.param)
 

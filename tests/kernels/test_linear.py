@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from simde import BY_SIMDE, by_simde
 
 from quantd.kernels import ops, reference
 from quantd.kernels.cpu import linear
@@ -41,9 +42,9 @@ class EmulatedPairs(Native):
         self._linear_pairs = bind(library, "avx512bf16", "linear_pairs")
 
 
-@pytest.fixture(params=["best", "by SIMDe"])
+@pytest.fixture(params=["best", *by_simde("avx512bf16")])
 def pairs(request: pytest.FixtureRequest, best: Native) -> Native:
-    if request.param == "by SIMDe":
+    if request.param == BY_SIMDE:
         return EmulatedPairs(request.getfixturevalue("emulated"))
     if not best.has_pairs:
         pytest.skip("this processor does not multiply pairs of bfloat16")

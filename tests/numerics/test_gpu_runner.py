@@ -54,7 +54,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         yield made
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 1 << 30), eagerness=st.sampled_from((0.0, 0.3, 0.9)))
 def test_every_schedule_gives_the_bits_of_the_cpu(pair: Pair, seed: int, eagerness: float) -> None:
     """Chunks of prompts beside decodes, one plan ahead, ends and preemptions with a token in
