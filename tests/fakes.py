@@ -159,6 +159,8 @@ class FakeWorker:
         self.host: dict[int, list[int | None]] = {}
         self.files: dict[bytes, list[int | None]] = {}
         """The disk: it survives the worker when another one is given the same dictionary."""
+        self.seconds = self.copy_seconds = 0.0
+        """What every step says that it took."""
         self.disk_error: str | None = None
         """What every write ends with."""
         self.disk_done: list[DiskDone] = []
@@ -189,7 +191,7 @@ class FakeWorker:
         logprobs = tuple(
             part for chunk in plan.chunks if (part := self._prompt_logprobs(chunk)) is not None
         )
-        return StepResult(step=plan.step, sampled=sampled, prompt_logprobs=logprobs)
+        return StepResult(plan.step, sampled, logprobs, self.seconds, self.copy_seconds)
 
     def _add(self, new: NewSequence) -> None:
         assert new.seq not in self.rows, f"sequence {new.seq} is known already"

@@ -222,13 +222,13 @@ class Engine:
         done: _Step | None = None
         while not self._ended:
             plan = scheduler.plan(self._clock()) if scheduler.may_plan else None
-            self._deliver_ended()
             try:
                 if plan is not None:
                     flights.append((plan, self._execute(plan)))
             finally:
                 # The worker computes while the last step's tokens become text.
                 self._deliver(done)
+                self._deliver_ended()  # behind the tokens that a timeout came too late for
             done = None
             if plan is not None and scheduler.may_plan:
                 continue
@@ -252,6 +252,7 @@ class Engine:
         if self._releases_memory:
             self._releases_memory = False
             self._executor.release_memory(self._scheduler.kv.pool.free_ranges())
+        self._has_worked |= self._work.is_set()
         self._work.clear()
         due = self._scheduler.wake_at()
         seconds = None if due is None else max(0.0, due - self._clock())
@@ -261,11 +262,9 @@ class Engine:
         try:
             await asyncio.wait_for(self._work.wait(), seconds)
         except TimeoutError:
-            # At rest for long: what it does not need goes back, what is cached stays.
-            self._releases_memory = self._has_worked and not self._scheduler.has_work
-            self._has_worked = False
-        else:
-            self._has_worked = True
+            if not self._scheduler.has_work:
+                # At rest for long: what it does not need goes back, what is cached stays.
+                self._releases_memory, self._has_worked = self._has_worked, False
 
     def _on_disk(self, message: DiskDone | DiskIndex) -> None:
         if isinstance(message, DiskDone):

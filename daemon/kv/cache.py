@@ -264,6 +264,8 @@ class KvCache:
         """Forget a node that must not be used, and those above that nobody else uses."""
         while node.parent is not None and node.is_leaf and self._may_leave_device(node):
             parent = node.parent
+            if self.disk is not None:
+                self.disk.remove(digest_of(node))
             self._leave_device(node)
             self._leave_host(node)
             node = parent

@@ -119,6 +119,7 @@ class DiskIndex:
             self.problem, self._rest_seconds = None, FIRST_REST_SECONDS
             if is_unwanted:
                 self.remove(name)
+            self._keep_budget()  # while all that were there were being written, nothing could go
             return
         self._files.pop(name, None)
         now = self._clock()
@@ -142,7 +143,8 @@ class DiskIndex:
 
     def unreadable(self, name: bytes) -> None:
         """The worker has found the file to be wrong or gone, and removed it."""
-        self._files.pop(name, None)
+        if name not in self._writing:  # else it is made anew
+            self._files.pop(name, None)
 
     def _keep_budget(self) -> None:
         while len(self._files) > self.capacity:

@@ -29,8 +29,6 @@ class _Job:
     """Depth of the node under which the first of them belongs."""
     places: list[int]
     num_done: int = 0
-    failed: bool = False
-    """What comes after a block that is missing is of no use."""
 
 
 @dataclass(slots=True)
@@ -106,12 +104,10 @@ class DiskReads:
         job.num_done += 1
         if done.error is not None:
             cache.disk.unreadable(done.key)
-            job.failed = True
         else:
             cache.cost.read(done.seconds)
             cache.num_moved["in", "disk"] += 1
-        if job.failed or not self._attach(job, depth, place):
-            job.failed = True
+        if done.error is not None or not self._attach(job, depth, place):
             cache.host.release((place,))
         if job.num_done == len(job.places):
             del self._jobs[job.id]

@@ -37,12 +37,15 @@ class Deadlines:
         return found
 
 
-def is_hopeless(seq: Sequence, now: float, token_seconds: float | None) -> bool:
-    """Not even its first token can be there in time, by what computing a token has cost so far."""
+def is_hopeless(
+    seq: Sequence, num_known_blocks: int, now: float, token_seconds: float | None
+) -> bool:
+    """Not even its next token can be there in time, by what computing a token has cost so far.
+    `num_known_blocks`: what it would start with now."""
     deadline = seq.request.deadline
     if deadline is None or token_seconds is None:
         return False
-    num_left = len(seq.tokens) - seq.num_known_blocks * BLOCK_TOKENS
+    num_left = len(seq.tokens) - num_known_blocks * BLOCK_TOKENS
     return now + num_left * token_seconds > deadline
 
 

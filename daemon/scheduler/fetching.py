@@ -3,6 +3,8 @@ they hold up nobody."""
 
 from __future__ import annotations
 
+import itertools
+
 from quantd.daemon.kv.cache import KvCache
 from quantd.daemon.scheduler.sequence import Sequence
 from quantd.daemon.types import BLOCK_TOKENS
@@ -27,6 +29,12 @@ class FetchQueue:
 
     def __len__(self) -> int:
         return len(self._unlisted) + len(self._jobs)
+
+    @property
+    def num_lines(self) -> int:
+        """Lines of batches among them."""
+        waiting = itertools.chain(self._unlisted.values(), self._jobs.values())
+        return sum(seq.request.is_batch for seq in waiting)
 
     def __contains__(self, seq: Sequence) -> bool:
         return seq.id in self._unlisted or seq.id in self._job_of

@@ -140,11 +140,7 @@ class Scheduler:
     @property
     def num_lines_waiting(self) -> int:
         """Lines of batches among them."""
-        return len(self._lines)
-
-    @property
-    def num_in_flight(self) -> int:
-        return len(self._in_flight)
+        return len(self._lines) + self._fetching.num_lines
 
     @property
     def may_plan(self) -> bool:
@@ -204,16 +200,19 @@ class Scheduler:
         assert disk is not None
         disk.open(index.keys, index.file_bytes)
         for seq in self._fetching.listed():
-            self._tables.look(seq)
-            self._queue(seq).add(seq)
+            self._go_on(seq)
 
     def disk_done(self, done: DiskDone) -> None:
         """A file was written or read; sequences that waited for it go on with the next plan."""
         for job in self._kv.disk_done(done):
             seq = self._fetching.done(job)
             if seq is not None:
-                self._tables.look(seq)
-                self._queue(seq).add(seq)
+                self._go_on(seq)
+
+    def _go_on(self, seq: Sequence) -> None:
+        """It waits for its turn, by what is known of it now."""
+        self._tables.look(seq)
+        self._queue(seq).add(seq)
 
     def resize(self, num_blocks: int) -> None:
         """The pool's budget, at any time. What can never fit any more ends with an error."""
@@ -271,7 +270,7 @@ class Scheduler:
         for seq in self._deadlines.due(now):
             self._end(seq, "timeout", why_over(seq))
         for seq in self._fetching.overdue(now):
-            self._queue(seq).add(seq)
+            self._go_on(seq)
         self._start_waiting(now)
         going = self._going()
         sizes = self._division.sizes(going)
@@ -315,8 +314,8 @@ class Scheduler:
         sampled = iter(result.sampled)
         for chunk, seq, stay in zip(plan.chunks, flight.seqs, flight.stays, strict=True):
             item = next(sampled) if chunk.sample else None
-            if seq.phase is not Phase.RUNNING or seq.stay != stay:
-                continue
+            if seq.stay != stay:
+                continue  # it has ended, or left the batch
             seq.num_chunks -= 1
             seq.num_computed_tokens = chunk.stop if seq.num_chunks else seq.num_scheduled_tokens
             if item is not None:
@@ -336,17 +335,18 @@ class Scheduler:
         It ends at the first that does not fit: what is smaller and behind may not overtake, or
         what is large would wait for ever.
         """
-        first = self._first()
-        if first is None or (self._is_full and not self._may_displace(first, self._running[-1])):
-            return
-        room = self._tables.room(self._running)
+        room: int | None = None
         while (first := self._first()) is not None:
+            if self._is_full and not self._may_displace(first, self._running[-1]):
+                return
+            if room is None:
+                room = self._tables.room(self._running)
             overdue = self._overdue(now)
             seq = overdue if overdue is not None else first
-            if is_hopeless(seq, now, self._kv.cost.token_seconds):
+            match = self._tables.match(seq)
+            if is_hopeless(seq, match.num_blocks, now, self._kv.cost.token_seconds):
                 self._end(seq, "timeout", why_hopeless(seq))
                 continue
-            match = self._tables.match(seq)
             if not self._fits(seq, match, room, len(self._running)):
                 more = self._tables.needed(seq, match) + len(self._running) - room
                 self._tables.trim(self._running, self._kv.num_available + more)
@@ -408,15 +408,20 @@ class Scheduler:
         """Preempt just as many running sequences as `seq` needs and may displace; False if that
         would not do, and then nobody was preempted."""
         match = self._tables.match(seq)
+        own: set[int] = set()
         seen: Counter[int] = Counter()
         gained = 0
         for count, victim in enumerate(reversed(self._running), start=1):
             if not self._may_displace(seq, victim):
                 return False
+            if match.node is not None and not own:
+                own = {node.block for node in match.node.path()}
             seen.update(victim.blocks)
-            # Only what no other one owns too comes free; what it had a claim to does as well.
+            # Only what neither another one nor `seq` has too comes free; what it had a claim to
+            # does as well.
             pool = self._kv.pool
-            lone = [block for block in victim.blocks if seen[block] == pool.num_owners(block)]
+            owned = (block for block in victim.blocks if seen[block] == pool.num_owners(block))
+            lone = [block for block in owned if block not in own]
             gained += len(lone) - pool.given_by(sum(map(pool.is_trimmed, lone)))
             gained += self._tables.num_missing(victim)
             if self._fits(seq, match, room + gained, len(self._running) - count):
@@ -528,8 +533,7 @@ class Scheduler:
         seq.num_preemptions += 1
         self._num_preemptions[reason] += 1
         seq.waiting_since = now
-        self._tables.look(seq)
-        self._queue(seq).add(seq)
+        self._go_on(seq)
 
     def _take_off(self, seq: Sequence, *, spoilt: bool = False) -> None:
         """Free the blocks of a sequence that leaves the batch, and have the worker forget it."""

@@ -15,6 +15,7 @@ from quantd.daemon.config import SchedulerSettings
 from quantd.daemon.engine.engine import Engine
 from quantd.daemon.engine.stream import TokenStream
 from quantd.daemon.errors import ContextLengthExceeded, QueueFull, RequestError, Unavailable
+from quantd.daemon.kv.disk import DiskIndex
 from quantd.daemon.scheduler.scheduler import Scheduler
 from quantd.daemon.telemetry.metrics import EngineMetrics
 from quantd.daemon.types import Pooling, SamplingParams, StepPlan, StepResult, TokenEvent
@@ -335,6 +336,109 @@ async def test_what_is_counted_goes_on_when_the_model_is_loaded_again() -> None:
         assert metrics.returned["copy"] + metrics.returned["compute"] > 0
     assert [priority for priority, _, _ in seen] == [3, 6]
     assert seen[1][1] == seen[0][2] + seen[1][2] > seen[0][1] > 0
+
+
+async def test_a_timeout_takes_no_token_back() -> None:
+    """The last step's tokens and the end by time come in one turn of the loop."""
+    async with bench() as b:
+        b.executor.pause()
+        request = make_request([1, 2, 3], max_tokens=50, arrival=100.0, deadline=105.0)
+        stream = b.engine.submit(request)
+        await settle()
+        b.clock.advance(6.0)
+        b.executor.resume()
+        result = await whole(stream)
+        assert (result.tokens, result.finish_reason) == (expected([1, 2, 3], 1), "timeout")
+        assert result.error == "the timeout of 5 s is over: 1 of at most 50 tokens were made"
+        b.check_baseline()
+        assert b.metrics.finished == {"timeout": 1}
+        assert b.engine.stats().finished == 0
+
+
+async def test_the_requests_that_there_are() -> None:
+    async with bench(max_running=1, token_budget=16) as b:
+        assert b.engine.requests() == []
+        b.executor.pause()
+        first, _ = b.submit(range(40), max_tokens=9), b.submit([4, 5], max_tokens=3)
+        await settle()
+        b.clock.advance(2.0)
+        one, two = b.engine.requests()
+        assert (one.phase, one.prompt_tokens, one.max_tokens, one.blocks) == ("prefill", 40, 9, 2)
+        assert (one.age, one.queue_seconds, one.computed_tokens, one.output_tokens) == (2, 0, 0, 0)
+        assert (two.phase, two.age, two.queue_seconds, two.blocks) == ("waiting", 2, None, 0)
+        b.executor.resume()
+        await anext(first)
+        b.executor.pause()
+        one, _ = b.engine.requests()
+        assert (one.phase, one.output_tokens, one.computed_tokens) == ("decode", 1, 40)
+        assert b.engine.stats().running == b.engine.stats().waiting == 1
+        b.executor.resume()
+
+
+# --- memory at rest ---------------------------------------------------------------------------
+
+
+async def test_a_smaller_budget_and_shrinking_give_memory_back() -> None:
+    async with bench() as b:
+        await whole(b.submit(range(100), max_tokens=1))
+        block = b.executor.info.block_bytes
+        assert b.engine.resize(7 * block + 1) == 7 * block
+        assert (b.engine.info.num_blocks, b.scheduler.kv.pool.limit) == (7, 7)
+        await settle()
+        assert b.executor.released == [[(6, 7)]]  # six are cached
+        b.engine.shrink()
+        await settle()
+        assert b.executor.released[1:] == [[(0, 7)]]
+        for wrong in (0, block - 1, 65 * block):
+            with pytest.raises(RequestError, match=f"must be between {block} .* and {64 * block}"):
+                b.engine.resize(wrong)
+        assert b.engine.resize(65 * block - 1) == 64 * block
+        b.engine.resize(7 * block)
+        with pytest.raises(RequestError, match="there are 7 in all"):
+            b.submit(range(110), max_tokens=8)
+        b.executor.pause()
+        large, small = b.submit(range(100), max_tokens=8), b.submit([1], max_tokens=1)
+        b.engine.resize(6 * block)
+        ended = await whole(large)
+        assert (ended.finish_reason, ended.tokens) == ("error", ())
+        assert ended.error is not None and "up to 7 blocks, and there are 6" in ended.error
+        b.executor.resume()
+        assert (await whole(small)).finish_reason == "length"
+
+
+async def test_after_a_time_at_rest_what_is_free_goes_back_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("quantd.daemon.engine.engine.IDLE_SECONDS", 0.0)
+    async with bench() as b:
+        await settle()
+        assert b.executor.released == []
+        await whole(b.submit(range(100), max_tokens=20))
+        b.scheduler.kv.pool.release(b.scheduler.kv.allocate(60) or ())
+        await asyncio.sleep(0.01)
+        await settle()
+        assert b.executor.released == [[(4, 64)]]
+
+
+async def test_who_waited_for_the_disk_in_vain_leaves_nothing_behind_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The loop wakes for it while nothing else happens; at rest memory goes back all the same."""
+    monkeypatch.setattr("quantd.daemon.engine.engine.IDLE_SECONDS", 0.0)
+    executor = FakeExecutor()
+    tables = make_tables(64, num_places=8)
+    tables.kv.disk = DiskIndex(100)
+    clock = ManualClock(100.0)
+    scheduler = Scheduler(tables, SchedulerSettings(), executor.info.max_context)
+    engine = Engine(executor, executor.info, scheduler, EngineMetrics(), clock)
+    running = asyncio.create_task(engine.run())
+    stream = engine.submit(make_request(range(40), max_tokens=2, arrival=99.0))
+    assert (await whole(stream)).finish_reason == "length"
+    await asyncio.sleep(0.01)
+    await settle()
+    assert executor.released == [[(2, 3)]]
+    await engine.close()
+    await running
 
 
 async def test_plans_go_to_the_worker_in_order() -> None:

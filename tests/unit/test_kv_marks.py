@@ -200,6 +200,47 @@ def test_a_file_that_is_wanted_again_stays() -> None:
     kv.check()
 
 
+def test_all_chains_of_a_mark_go_and_those_of_a_short_sequence_are_none() -> None:
+    kv = make_tables(16).kv
+    grow(kv, 1, 2, mark="a")
+    grow(kv, 3, 4, mark="a")
+    grow(kv, mark="a")
+    kv.forget("a")
+    assert (kv.tree.num_nodes, kv.pool.num_free) == (0, 16)
+
+
+def test_a_file_that_another_mark_has_too_stays() -> None:
+    kv = make_tables(4, num_places=16, disk_files=200).kv
+    grow(kv, 1, 2, mark="a")
+    grow(kv, 1, 3, mark="b")
+    kv.save()
+    work_disk(kv)
+    for i in range(10, 30):
+        grow(kv, i, i, i, i)
+        work_disk(kv)
+    assert known(kv, 1) == 0
+    before = files(kv)
+    kv.forget("a")
+    assert work_disk(kv) == ["remove"] and files(kv) == before - 1
+    kv.check()
+    kv.forget("b")
+    assert work_disk(kv) == ["remove"] * 2
+    kv.check()
+
+
+def test_files_that_have_gone_are_not_remembered() -> None:
+    """Of ever new responses, on a disk that holds ten blocks."""
+    kv = make_tables(2, num_places=4, disk_files=10).kv
+    for i in range(600):
+        grow(kv, i, 1, mark=f"response {i}")
+        work_disk(kv)
+        kv.check()
+        assert kv._marks._num_files <= 2 * 10 + 66
+    assert 0 < len(kv._marks._files) <= 86
+    last = next(reversed(kv._marks._files))
+    assert all(map(kv._marks._is_file, kv._marks._files[last]))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_random_sequences_marks_and_deletions(seed: int) -> None:
     """Nothing that runs is taken; what only deleted ones have used is nowhere, in no tier."""
@@ -236,6 +277,7 @@ def test_random_sequences_marks_and_deletions(seed: int) -> None:
     work_disk(kv)
     kv.check()
     assert kv._marks._nodes == {} and kv._marks._files == {} and kv._marks._num_files == 0
+    assert not kv._marks._num_marks
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -221,6 +221,16 @@ def test_the_context_ends_it() -> None:
     assert (loop.reasons(), seq.num_tokens) == ({0: "length"}, 13)
 
 
+@pytest.mark.parametrize(("max_context", "max_tokens"), [(20, 100), (100, 10)])
+def test_what_is_certain_to_end_is_not_planned_ahead(max_context: int, max_tokens: int) -> None:
+    """Nor has the worker a place for a position beyond the context."""
+    loop = StepLoop(max_context=max_context, overlap=True)
+    seq = loop.add(10, max_tokens=max_tokens)
+    loop.run()
+    assert seq.num_tokens == 20
+    assert [chunk.stop for plan in loop.plans for chunk in plan.chunks] == list(range(10, 20))
+
+
 def test_an_error_ends_only_its_own_sequence() -> None:
     loop = StepLoop()
     bad, good = loop.add(10), loop.add(12)
@@ -312,7 +322,43 @@ def test_the_worker_remembers_at_most_one_batch() -> None:
     assert len(loop.worker.rows) <= 3
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_is_computed_is_charged_to_its_caller(overlap: bool) -> None:
+    loop = StepLoop(settings=settings(token_budget=16, caller_weights={"b": 2.0}), overlap=overlap)
+    loop.add(70, max_tokens=50, caller="a")
+    loop.add(40, max_tokens=50, caller="b")
+    for _ in range(30):
+        loop.step()
+    computed = {seq_id: 0 for seq_id in loop.sequences}
+    for chunk in (chunk for plan in loop.plans for chunk in plan.chunks):
+        computed[chunk.seq] += chunk.stop - chunk.start
+    used = loop.scheduler._others.shares.used
+    assert (used("a"), used("b")) == (computed[0], computed[1] / 2)
+    loop.run()
+
+
 # --- logprobs and times ---------------------------------------------------------------------------
+
+
+def test_what_a_step_cost_is_learnt_of_its_own_plan() -> None:
+    """Two prompts in steps that take a second for 50 tokens, with a plan ahead."""
+    loop = StepLoop(settings=settings(token_budget=50, max_running=4), overlap=True)
+    loop.worker.seconds = 1.0
+    for length in (80, 90):
+        loop.add(length, max_tokens=1)
+    loop.run()
+    assert loop.kv.cost.token_seconds == pytest.approx(1 / 50, rel=0.2)
+    assert loop.kv.cost.fetch_seconds is None
+
+
+def test_prompt_logprobs_of_two_in_one_step() -> None:
+    loop = StepLoop()
+    sampling = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    for length in (20, 30):
+        loop.add(length, sampling=sampling)
+    loop.run()
+    assert [len(update.prompt_logprobs) for update in loop.updates] == [20, 30]
+
 
 
 def test_prompt_logprobs_come_whole_with_the_first_token() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from fakes import VOCAB_SIZE, FakeWorker, StepLoop, make_tables
 
 from quantd.daemon.kv.cache import KvCache
@@ -76,6 +77,70 @@ def test_the_first_request_waits_until_it_is_known_what_lies_on_disk() -> None:
     assert (first.num_cached_tokens, other.num_cached_tokens) == (96, 0)
     assert loop.kv.num_moved["in", "disk"] == 6
     assert gone.output_tokens == []
+
+
+def test_lines_that_wait_for_the_disk_take_nobody_else_s_place_in_the_queue() -> None:
+    loop, files = unlisted()
+    lines = [loop.add(0, 3, prompt=PROMPT[:length], is_batch=True) for length in (100, 90)]
+    loop.add(0, 3, prompt=PROMPT[:100])
+    assert (loop.scheduler.num_waiting, loop.scheduler.num_lines_waiting) == (3, 2)
+    loop.scheduler.disk_open(Listing(tuple(files), 1))
+    assert all(line in loop.scheduler._fetching for line in lines)
+    assert (loop.scheduler.num_waiting, loop.scheduler.num_lines_waiting) == (3, 2)
+    loop.run()
+    loop.check_outputs()
+
+
+def test_all_that_have_waited_long_enough_go_on_in_one_plan() -> None:
+    """And rank by what of them is there by then."""
+    loop, _ = unlisted()
+    first = loop.add(0, 3, prompt=PROMPT[:20])
+    loop.clock.advance(0.5)
+    second, third = (loop.add(0, 3, prompt=[i, *PROMPT[:30]]) for i in range(2))
+    loop.clock.advance(0.5)
+    plan = loop.begin()
+    assert plan is not None and [new.seq for new in plan.add] == [first.id]
+    assert loop.scheduler.wake_at() == 1.5
+    loop.end()
+    loop.clock.advance(0.5)
+    plan = loop.begin()
+    assert plan is not None and [new.seq for new in plan.add] == [second.id, third.id]
+    loop.end()
+    loop.run()
+    loop.check_outputs()
+
+
+def test_what_was_read_counts_for_the_rank_and_against_the_timeout() -> None:
+    """Half of it was read when its patience ended; that half need not be computed."""
+    loop = restarted()
+    loop.kv.cost.computed(1000, 10.0)
+    slow = loop.add(0, 1, prompt=PROMPT[:193], deadline=6.5)
+    loop.begin()
+    done = loop.worker.disk_done
+    done, loop.worker.disk_done = done[:8], []
+    for item in done:
+        loop.scheduler.disk_done(item)
+    loop.end()
+    assert slow.num_known_blocks == 0
+    loop.clock.advance(5.0)
+    assert loop.begin() is not None
+    assert (slow.num_known_blocks, slow.num_cached_tokens) == (8, 128)
+    loop.end()
+    assert loop.reasons() == {slow.id: "length"}
+
+
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_who_waited_for_the_disk_ranks_by_what_it_brought(is_listed: bool) -> None:
+    loop = restarted()
+    seq = loop.add(0, 1, prompt=PROMPT[:193])
+    other = loop.add(0, 1, prompt=[5, *PROMPT[:50]])
+    if not is_listed:
+        loop, files = unlisted()
+        seq, other = (loop.add(0, 3, prompt=prompt) for prompt in (PROMPT[:100], [5, *PROMPT[:50]]))
+        loop.scheduler.disk_open(Listing(tuple(files), 1))
+    loop.run()
+    assert (seq.num_known_blocks, other.num_known_blocks) == (12 if is_listed else 6, 0)
+    loop.check_outputs()
 
 
 def test_a_folder_that_takes_long_to_look_through_is_waited_for_only_so_long() -> None:

@@ -265,6 +265,81 @@ def test_it_displaces_nobody_where_that_would_not_be_enough() -> None:
     loop.check_outputs()
 
 
+def test_what_it_shares_with_whom_it_displaces_is_no_gain() -> None:
+    """Five of the victim's six blocks are its own beginning, which it needs all the same."""
+    loop = StepLoop(num_blocks=16, settings=settings("priority", max_running=8))
+    loop.add(16 * 6 - 8, max_tokens=8, priority=0)
+    beginning = list(range(100, 100 + 16 * 5))
+    low = loop.add(0, max_tokens=8, prompt=[*beginning, 1, 2, 3, 4], priority=9)
+    loop.step()
+    urgent = loop.add(0, max_tokens=2, prompt=[*beginning, *range(16 * 6)], priority=0)
+    loop.step()
+    assert (low.phase, urgent.phase) == (Phase.RUNNING, Phase.WAITING)
+    smaller = loop.add(0, max_tokens=2, prompt=[*beginning, *range(16 * 3)], priority=-1)
+    loop.step()
+    assert (low.phase, smaller.phase) == (Phase.WAITING, Phase.RUNNING)
+    loop.run()
+    loop.check_outputs()
+
+
+def test_what_a_victim_shares_with_another_running_one_does_not_come_free() -> None:
+    loop = StepLoop(num_blocks=16, settings=settings("priority", max_running=8))
+    beginning = list(range(100, 100 + 16 * 6))
+    loop.add(0, max_tokens=8, prompt=[*beginning, 1], priority=0)
+    low = loop.add(0, max_tokens=8, prompt=[*beginning, 2], priority=9)
+    loop.step()
+    assert loop.kv.num_available == 8
+    urgent = loop.add(16 * 10, max_tokens=1, priority=0)
+    loop.step()
+    assert (low.phase, urgent.phase) == (Phase.RUNNING, Phase.WAITING)
+    loop.run()
+    assert sum(loop.scheduler.preemptions.values()) == 0
+    loop.check_outputs()
+
+
+def test_what_a_victim_has_a_claim_to_is_gained_too() -> None:
+    """Its prompt is computed to a small part, and the rest is kept for it."""
+    loop = StepLoop(num_blocks=24, settings=settings("priority", token_budget=32))
+    loop.add(16 * 4, max_tokens=2, priority=0)
+    low = loop.add(16 * 16, max_tokens=2, priority=9)
+    loop.step()
+    urgent = loop.add(16 * 18, max_tokens=2, priority=0)
+    loop.step()
+    assert (low.phase, urgent.phase) == (Phase.WAITING, Phase.RUNNING)
+    loop.run()
+    loop.check_outputs()
+
+
+def test_it_displaces_nobody_where_an_overdue_one_waits_for_the_room() -> None:
+    loop = StepLoop(num_blocks=32, settings=settings("priority", aging_seconds=5.0))
+    low = loop.add(16 * 4 - 8, max_tokens=8, priority=5)
+    loop.step()
+    overdue = loop.add(16 * 31, max_tokens=2, priority=9)
+    loop.step()
+    loop.clock.advance(6)
+    urgent = loop.add(16 * 10, max_tokens=8, priority=0)
+    while low.phase is not Phase.FINISHED:
+        loop.step()
+        assert (low.num_preemptions, urgent.phase) == (0, Phase.WAITING)
+    loop.step()
+    assert overdue.phase is Phase.RUNNING
+    loop.run()
+    loop.check_outputs()
+
+
+def test_a_smaller_number_displaces_whatever_its_caller_has_had() -> None:
+    loop = StepLoop(settings=settings("priority", max_running=1))
+    loop.add(100, max_tokens=1, priority=0, caller="busy")
+    low = loop.add(10, max_tokens=20, priority=5, caller="new")
+    while low.phase is Phase.WAITING:
+        loop.step()
+    urgent = loop.add(10, max_tokens=2, priority=1, caller="busy")
+    loop.step()
+    assert (low.phase, urgent.phase) == (Phase.WAITING, Phase.RUNNING)
+    loop.run()
+    loop.check_outputs()
+
+
 def low_one_under_endless_load(aging_seconds: float, max_running: int) -> tuple[StepLoop, Sequence]:
     """100 s of small numbers that always fill the batch, and one large number from the start."""
     loop = StepLoop(

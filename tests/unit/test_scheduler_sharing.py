@@ -199,6 +199,27 @@ def test_without_sharing_nothing_stays() -> None:
     assert tables.kv.tree.num_nodes == 0 and not tables.kv.tree._roots
 
 
+@BOTH
+def test_a_prompt_that_is_known_whole_and_has_no_room_for_a_copy_computes_its_last_block(
+    overlap: bool,
+) -> None:
+    loop = StepLoop(num_blocks=2, overlap=overlap)
+    for _ in range(2):
+        seq = loop.add(0, 1, prompt=PROMPT[:32])
+        loop.run()
+        loop.check_outputs()
+    assert seq.num_cached_tokens == 16
+    assert not any(plan.copies for plan in loop.plans)
+
+
+def test_short_prompts_of_those_who_share_nothing_leave_nothing() -> None:
+    tables = make_tables(16, share=False)
+    loop = StepLoop(tables=tables)
+    loop.add(3, 3)
+    loop.run()
+    assert not tables.kv.tree._roots
+
+
 def test_a_spoilt_sequence_leaves_nothing_to_share() -> None:
     loop = StepLoop()
     bad = loop.add(0, 10, prompt=PROMPT[:64])
@@ -233,6 +254,24 @@ def test_a_victim_s_blocks_spill_and_return(overlap: bool) -> None:
     assert loop.worker.num_computed_tokens <= computed + 4 * overlap
 
 
+def test_what_a_fetch_costs_is_measured_and_then_weighed() -> None:
+    tables = make_tables(8, num_places=32)
+    loop = StepLoop(tables=tables, settings=SchedulerSettings(token_budget=512))
+    for start in (0, 100, 0):
+        loop.worker.copy_seconds = 0.5
+        loop.worker.seconds = 0.6
+        loop.add(0, 1, prompt=PROMPT[start : start + 97])
+        loop.run()
+    copies = [copy.kind for copy in loop.plans[-1].copies]
+    assert copies.count("fetch") == 5
+    assert loop.kv.cost.fetch_seconds == pytest.approx(0.5 / len(copies))
+    assert loop.kv.cost.token_seconds == pytest.approx(0.1 / 97)
+    loop.add(0, 1, prompt=PROMPT[100:197])  # 16 tokens take a fifth of what a block does
+    loop.run()
+    assert (loop.kv.num_fetches, loop.kv.num_recomputes) == (1, 1)
+    loop.check_outputs()
+
+
 # --- time and fairness ----------------------------------------------------------------------------
 
 
@@ -262,6 +301,30 @@ def test_a_timeout_that_cannot_be_met_costs_nothing() -> None:
     loop.run()
     assert loop.reasons() == {hopeless.id: "timeout", possible.id: "length"}
     assert loop.worker.num_computed_tokens == 104
+
+
+def test_whether_a_timeout_can_be_met_is_asked_of_what_is_known_by_then() -> None:
+    """Nothing of its prompt was known when it came, and all of it when its turn comes."""
+    loop = StepLoop(settings=SchedulerSettings(max_running=1))
+    loop.kv.cost.computed(1000, 10.0)
+    loop.add(0, 5, prompt=PROMPT)
+    waiting = loop.add(0, 5, prompt=PROMPT[:150], deadline=2.0)
+    loop.clock.advance(1.5)
+    loop.run()
+    assert (loop.reasons()[waiting.id], waiting.num_cached_tokens) == ("length", 144)
+    loop.check_outputs()
+
+
+def test_all_whose_time_is_over_end_in_one_plan() -> None:
+    loop = StepLoop(settings=SchedulerSettings(max_running=2))
+    seqs = [loop.add(10, 100, deadline=deadline) for deadline in (1.0, 2.0, 2.0, 2.0)]
+    stays = loop.add(10, 5, deadline=2.5)
+    loop.step()
+    loop.clock.advance(2.0)
+    loop.step()
+    assert loop.reasons() == {seq.id: "timeout" for seq in seqs}
+    loop.run()
+    assert loop.reasons()[stays.id] == "length"
 
 
 def test_callers_get_their_shares_of_a_backlog() -> None:
