@@ -479,7 +479,7 @@ class StepLoop:
         assert self.scheduler.may_plan
         plan = self.scheduler.plan(self.clock())
         self.scheduler.check()
-        self._take(self.scheduler.take_ended())
+        self.take_ended()
         if plan is None:
             assert self._in_flight or not self.scheduler.has_work or self.scheduler.wake_at()
             return None
@@ -499,6 +499,10 @@ class StepLoop:
         self.worker.disk_done.clear()
         self._take(updates)
         return updates
+
+    def take_ended(self) -> None:
+        """What has ended without a step."""
+        self._take(self.scheduler.take_ended())
 
     def _take(self, updates: list[SequenceUpdate]) -> None:
         for update in updates:

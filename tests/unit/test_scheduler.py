@@ -360,7 +360,6 @@ def test_prompt_logprobs_of_two_in_one_step() -> None:
     assert [len(update.prompt_logprobs) for update in loop.updates] == [20, 30]
 
 
-
 def test_prompt_logprobs_come_whole_with_the_first_token() -> None:
     loop = StepLoop(settings=settings(token_budget=16))
     sampling = SamplingParams(max_tokens=3, logprobs=0, prompt_logprobs=0)
