@@ -36,6 +36,20 @@ _HEADERS = {
 }
 
 
+_SEPARATORS = {b"\xc2\x85": rb"\u0085", b"\xe2\x80\xa8": rb"\u2028", b"\xe2\x80\xa9": rb"\u2029"}
+
+
+def one_line(json: bytes) -> bytes:
+    """JSON, or whole events, in which nothing but its line feeds ends a line: many clients split
+    text at Unicode's separators too (httpx does, and Ollama's client with it), which JSON has as
+    they are in strings."""
+    if json.isascii():
+        return json
+    for raw, escaped in _SEPARATORS.items():
+        json = json.replace(raw, escaped)
+    return json
+
+
 def event(data: bytes) -> bytes:
     """`data` must be one line, as JSON is."""
     return b"data: " + data + b"\n\n"
@@ -87,7 +101,7 @@ class EventStream:
         if writer is None:
             writer = await self._start()
         self._last_write = self._clock.monotonic()
-        await writer.write(data)
+        await writer.write(one_line(data))
         await writer.drain()
 
     async def finish(self) -> web.StreamResponse:

@@ -77,6 +77,16 @@ async def test_a_line_that_fails_is_in_the_error_file_alone(tmp_path: Path) -> N
         assert code == "context_length_exceeded"
 
 
+async def test_a_result_is_one_line_to_everybody(tmp_path: Path) -> None:
+    async with at_work(tmp_path) as served:
+        served.engine.answer = lambda request: spoken("a\u2028b\u0085", "stop")
+        batch = await wait(served, await create(served, [line("\u2029")]))
+        [(id, found)] = (await contents(served, batch["output_file_id"])).items()
+        assert id == "\u2029"
+        message = found["response"]["body"]["choices"][0]["message"]
+        assert message["content"] == "a\u2028b\u0085"
+
+
 async def test_a_bug_of_ours_is_an_error_of_its_line(tmp_path: Path) -> None:
     def play(request: Request) -> Answer:
         raise ZeroDivisionError
@@ -234,7 +244,8 @@ async def test_a_wrong_field_is_named(tmp_path: Path, fields: dict[str, Any], pa
 async def test_an_input_file_must_be_there(tmp_path: Path) -> None:
     async with at_work(tmp_path) as served:
         body = {"input_file_id": "file-x", "endpoint": CHAT, "completion_window": "24h"}
-        assert (await served.post("/v1/batches", body))[0] == 404
+        status, reply = await served.post("/v1/batches", body)
+        assert (status, reply["error"]["param"]) == (404, "input_file_id")
 
 
 # --- how it ends ----------------------------------------------------------------------------------

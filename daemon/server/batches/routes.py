@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 from aiohttp import web
 
-from quantd.daemon.errors import Conflict, RequestError
+from quantd.daemon.errors import Conflict, NotFound, RequestError
 from quantd.daemon.server import query
 from quantd.daemon.server.body import read_body
 from quantd.daemon.server.context import CALLER, CONTEXT
@@ -142,7 +142,11 @@ async def create_batch(request: web.Request) -> web.Response:
         raise out_of_range("endpoint", body.endpoint[:100], "one of " + ", ".join(endpoints))
     check_metadata(body.metadata)
     now, owner = int(context.clock.wall()), request[CALLER]
-    file = await context.state.store.files.get(owner, body.input_file_id, now)
+    try:
+        file = await context.state.store.files.get(owner, body.input_file_id, now)
+    except NotFound as error:
+        error.param = "input_file_id"
+        raise
     if file.purpose != "batch":
         raise RequestError(
             f"the file {file.id} has the purpose {file.purpose!r}; an input needs 'batch'",

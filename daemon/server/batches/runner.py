@@ -27,6 +27,7 @@ from quantd.daemon.server.batches.endpoints import ENDPOINTS, Counts
 from quantd.daemon.server.batches.input import BatchError, BatchErrors, Input, body_of, read_input
 from quantd.daemon.server.context import Asker
 from quantd.daemon.server.errors import ErrorBody, error_body, internal_error
+from quantd.daemon.server.sse import one_line
 from quantd.daemon.server.webhooks import Webhooks
 from quantd.daemon.store import Batch, Line, Result, Store
 from quantd.daemon.store.rows import new_id
@@ -258,7 +259,7 @@ def _result(
     counts: Counts = Counts(0, 0, 0, 0),  # noqa: B008
 ) -> Result:
     reply = LineReply(new_id("batch_req_"), line.custom_id, response, error)
-    return Result(line, msgspec.json.encode(reply), has_failed, *counts)
+    return Result(line, one_line(msgspec.json.encode(reply)), has_failed, *counts)
 
 
 def _may_pass(error: QuantdError) -> bool:
