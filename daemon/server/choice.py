@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from quantd.daemon.errors import DeadlineExceeded, RequestError, Unavailable
+import msgspec
+
+from quantd.daemon.errors import DeadlineExceeded, QuantdError, RequestError, Unavailable
 from quantd.daemon.server.sampling import Options
+from quantd.daemon.text.answer import CallArguments, CallStart
 from quantd.daemon.types import SamplingParams, TokenEvent, TokenLogprob
 
 if TYPE_CHECKING:
@@ -54,11 +57,32 @@ class Delta:
         self.filtered = other.filtered
 
 
+def failure_of(event: TokenEvent) -> QuantdError | None:
+    """What ended the stream badly."""
+    reason = event.finish_reason
+    if reason == "timeout":
+        return DeadlineExceeded(event.error or "the timeout is over", param="timeout")
+    if reason == "excluded":
+        return RequestError(event.error or "no token is left", code="nothing_to_sample")
+    if reason in ("error", "abort"):
+        return Unavailable(event.error or "the request was aborted")
+    return None
+
+
+def is_object(text: str) -> bool:
+    """It is a JSON object, as the arguments of a call are that was not cut off."""
+    try:
+        return isinstance(msgspec.json.decode(text), dict)
+    except (msgspec.DecodeError, RecursionError):
+        return False
+
+
 class Choice:
     """Reads one TokenStream; one reader calls `next` until `finish_reason` is set.
 
     What is counted and what is shown do not depend on how the stream merged its tokens: those
-    behind a stop string are not counted, though the engine may have made some before the abort.
+    behind a stop string are not counted, though the engine may have made some before the abort, or
+    may have failed at one.
     """
 
     def __init__(
@@ -88,8 +112,12 @@ class Choice:
         self._output = output
         self._parser = parser
         self._screen = screen
+        self._failure: QuantdError | None = None
+        """Behind what was read last."""
         self._offsets: list[int] = []
         """Where each token's text begins; with a parser."""
+        self._arguments: list[str] = []
+        """Of the last call."""
         self._own_stops = frozenset(options.stop_token_ids)
         self._prompt_only = options.max_tokens == 0
         self._wants_entries = sampling.logprobs is not None or options.return_token_ids
@@ -116,14 +144,18 @@ class Choice:
     async def next(self) -> Delta:
         """Waits until there is something to say: text or the end. Raises Unavailable when the
         engine gave the request up, and RequestError when its fields leave nothing to say."""
-        while True:
+        while self._failure is None:
             event = await self._stream.__anext__()
+            self._failure = failure_of(event)
+            if self._failure is not None:  # its tokens come first: they may hold the end
+                event = msgspec.structs.replace(event, finish_reason=None)
             delta = self._take(event)
             if self._screen is not None:
                 await self._screened(self._screen, delta)
             shown = delta.text if self._parser is None else delta.parts
             if shown or delta.entries or delta.finish_reason is not None:
                 return delta
+        raise self._failure
 
     async def _screened(self, screen: OutputScreen, delta: Delta) -> None:
         await screen.take(delta)
@@ -132,12 +164,6 @@ class Choice:
             self._stream.stop()
 
     def _take(self, event: TokenEvent) -> Delta:
-        if event.finish_reason == "timeout":
-            raise DeadlineExceeded(event.error or "the timeout is over", param="timeout")
-        if event.finish_reason == "excluded":
-            raise RequestError(event.error or "no token is left", code="nothing_to_sample")
-        if event.finish_reason == "error" or event.finish_reason == "abort":
-            raise Unavailable(event.error or "the request was aborted")
         if event.prompt_logprobs:
             self.prompt_logprobs = event.prompt_logprobs
         self.num_cached_tokens = max(self.num_cached_tokens, event.num_cached_tokens)
@@ -181,8 +207,16 @@ class Choice:
         self._offsets += offsets
         if delta.finish_reason is not None:
             delta.parts = [*delta.parts, *parser.flush()]
+        for part in delta.parts:
+            if isinstance(part, CallStart):
+                self._arguments = []
+            elif isinstance(part, CallArguments):
+                self._arguments.append(part.text)
+        if delta.finish_reason is not None:
             self.num_failed_calls = parser.num_failed_calls
-            if delta.finish_reason == "stop" and parser.num_calls:
+            # A call that the caller's stop string has cut off is none to be run.
+            is_whole = delta.stop_reason is None or is_object("".join(self._arguments))
+            if delta.finish_reason == "stop" and parser.num_calls and is_whole:
                 delta.finish_reason = "tool_calls"
             self.num_reasoning_tokens = sum(
                 bisect_left(self._offsets, stop) - bisect_left(self._offsets, start)

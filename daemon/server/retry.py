@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from quantd.daemon.errors import QuantdError
-from quantd.daemon.server.choice import Delta
+from quantd.daemon.server.choice import Delta, is_object
 from quantd.daemon.server.generate import Generation, collect
 from quantd.daemon.text.answer import whole
 
@@ -43,11 +41,7 @@ async def collect_valid(made: Generation, metrics: Metrics) -> list[Delta]:
 def is_valid(made: Generation, result: Delta) -> bool:
     if made.choices[result.index].num_failed_calls:
         return False
-    return all(_is_object(call.arguments) for call in whole(result.parts).calls)
-
-
-def _is_object(text: str) -> bool:
-    try:
-        return isinstance(msgspec.json.decode(text), dict)
-    except (msgspec.DecodeError, RecursionError):
-        return False
+    calls = whole(result.parts).calls
+    if calls and result.finish_reason == "stop":
+        return True  # the caller's stop string has cut the last one off
+    return all(is_object(call.arguments) for call in calls)

@@ -8,6 +8,7 @@ import socket
 from typing import Any
 
 import aiohttp
+import pytest
 from fakes import ManualClock
 from server_fakes import Answer, Served, push, serving, spoken
 
@@ -54,6 +55,18 @@ async def test_completion_stream_byte_by_byte() -> None:
             head + '"text":"","logprobs":null,"finish_reason":"stop","stop_reason":null}]}',
             "data: [DONE]",
         ]
+
+
+async def test_nothing_in_an_event_ends_a_line() -> None:
+    """Many clients split text as Python's splitlines does."""
+    said = "a\u2028b\u2029c\u0085d\x0b\x1ce"
+    async with serving() as served:
+        served.engine.answer = lambda request: Answer([said.encode()], "length")
+        for path, body in ((CHAT, HELLO), ("/api/chat", {"messages": HELLO["messages"]})):
+            async with served.session.post(path, json=body) as response:
+                text = (await response.read()).decode()
+            assert text.splitlines() == text.removesuffix("\n").split("\n")
+            assert "a\\u2028b\\u2029c\\u0085d" in text
 
 
 async def test_usage_comes_last_and_only_when_asked_for() -> None:
@@ -173,10 +186,31 @@ async def test_error_after_200_is_an_event() -> None:
         assert rest[1:] == ["data: [DONE]", ""]
 
 
+@pytest.mark.parametrize("step", [b"", b"c"])
+async def test_a_failure_behind_the_end_is_none(step: bytes) -> None:
+    """The engine goes on until it hears of the stop string, and may fail at a token behind it. How
+    its tokens came together must not matter."""
+    async with serving() as served:
+        served.engine.answer = lambda request: Answer([b"ab", step], "excluded", "nothing is left")
+        status, reply = await served.post(CHAT, {**HELLO, "stop": "b", "stream": False})
+        assert status == 200, reply
+        choice = reply["choices"][0]
+        assert (choice["message"]["content"], choice["finish_reason"]) == ("a", "stop")
+        *_, last, end = await served.events(CHAT, {**HELLO, "stop": "b"})
+        assert '"finish_reason":"stop"' in last and end == "data: [DONE]"
+
+
+async def test_what_came_before_a_failure_is_shown() -> None:
+    async with serving() as served:
+        served.engine.answer = lambda request: Answer([b"abc"], "excluded", "nothing is left")
+        events = await served.events(CHAT, HELLO)
+        assert '"content":"abc"' in events[1] and "nothing is left" in events[2]
+
+
 async def test_one_choice_that_fails_ends_them_all() -> None:
     async with serving() as served:
         served.engine.answer = lambda request: (
-            Answer([b"a"], "error", "broken") if request.id.endswith("1") else None
+            Answer([b""], "error", "broken") if request.id.endswith("1") else None
         )
         status, reply = await served.post(CHAT, {**HELLO, "n": 3})
         assert status == 503

@@ -147,9 +147,17 @@ async def test_a_call_that_is_cut_off(served: Served) -> None:
 async def test_a_stop_string_ends_calls_too(served: Served) -> None:
     choice = (await reply_to(served, {**ASK, "stop": "rich"}))["choices"][0]
     assert choice["stop_reason"] == "rich"
+    assert choice["finish_reason"] == "stop", "half a call is not to be run"
     assert bare(choice["message"]["tool_calls"]) == [("weather", '{"city": "Zü\\"')]
     streamed = added_up(await served.chunks(CHAT, {**ASK, "stop": "rich", "stream": True}))
     assert bare(streamed["tool_calls"]) == bare(choice["message"]["tool_calls"])
+    assert streamed["finish_reason"] == "stop"
+
+
+async def test_a_stop_string_behind_a_whole_call(served: Served) -> None:
+    choice = (await reply_to(served, {**ASK, "stop": "</tool_call>"}))["choices"][0]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("tool_calls", "</tool_call>")
+    assert bare(choice["message"]["tool_calls"]) == EXPECTED[:1]
 
 
 async def test_logprobs_are_of_all_tokens(served: Served) -> None:
@@ -394,10 +402,14 @@ async def test_nothing_is_lost_where_nothing_is_made_again(served: Served) -> No
     choice = (await reply_to(served, LOOSE))["choices"][0]
     assert choice["message"]["content"] == bad[:-3] and "tool_call_retries" not in choice
     assert len(served.engine.requests) == 2
+    served.engine.answer = lambda request: spoken(CALLS, "stop")
+    choice = (await reply_to(served, {**LOOSE, "stop": "rich"}))["choices"][0]
+    assert choice["finish_reason"] == "stop" and "tool_call_retries" not in choice
+    assert len(served.engine.requests) == 3
     served.engine.answer = lambda request: spoken(bad, "stop")
     choice = (await reply_to(served, LOOSE))["choices"][0]
     assert (choice["message"]["content"], choice["tool_call_retries"]) == (bad, 1)
-    assert len(served.engine.requests) == 4
+    assert len(served.engine.requests) == 5
 
 
 async def test_an_invalid_call_that_cannot_be_made_again(served: Served) -> None:
