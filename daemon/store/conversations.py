@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quantd.daemon.errors import NotFound
+from quantd.daemon.errors import NotFound, RequestError
 from quantd.daemon.store import items
 from quantd.daemon.store.bounds import Bounds, OnGone, touch
 from quantd.daemon.store.database import Connection, Database
@@ -75,8 +75,17 @@ class Conversations:
         self._on_gone(id)
 
     async def append(self, owner: str, id: str, more: Sequence[Item], now: int) -> None:
+        """Raises RequestError, too, for an item that is there already."""
+
         def add(db: Connection) -> list[str]:
             self._find(db, owner, id, now)
+            for index, item in enumerate(more):
+                if items.one(db, id, item.id) is not None:
+                    raise RequestError(
+                        f"items[{index}].id: an item {item.id!r} is in the conversation already",
+                        param=f"items[{index}].id",
+                        code="duplicate_item",
+                    )
             append(db, owner, id, more, now)
             return self._bounds.enforce(db, now, id)
 

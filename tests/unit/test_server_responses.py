@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from batch_fakes import Time, at_work, contents, create, wait
-from server_fakes import Answer, Served, push, serving, spoken
+from server_fakes import Answer, FakeFleet, Served, byte_text_model, push, serving, spoken
 
 from quantd.daemon.config import StoreSettings
 from quantd.daemon.errors import QueueFull, Unavailable
@@ -18,6 +18,14 @@ from quantd.daemon.server.auth import ApiKeys
 from quantd.daemon.types import Request
 
 URL = "/v1/responses"
+CALL = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
+TOOL = {"type": "function", "name": "f"}
+ALLOWED = {"type": "allowed_tools", "mode": "auto"}
+TEMPLATE = (
+    "{% for message in messages %}[{{ message.role }}]{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function.arguments | tojson }}"
+    "{% endfor %}{% endfor %}[assistant]{# tools <tool_call> arguments #}"
+)
 SMALL = 100_000
 
 
@@ -186,6 +194,11 @@ async def test_items_become_messages(served: Served) -> None:
         ),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input[0].call_id"),
         ({"input": [3]}, "input[0]"),
+        ({"input": [{**CALL, "arguments": "{x"}]}, "input[0].arguments"),
+        ({"input": [{**CALL, "arguments": "[" * 100_000}]}, "input[0].arguments"),
+        ({"input": [{**CALL, "name": ""}]}, "input[0].name"),
+        ({"tools": [TOOL], "tool_choice": {**ALLOWED, "tools": 5}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {**ALLOWED, "tools": None}}, "tool_choice"),
         ({"input": 3}, "input"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"type": "file_search"}]}, "tools[0].type"),
@@ -273,6 +286,49 @@ async def test_calls_and_their_outputs_stay_in_a_chain(served: Served) -> None:
     await ask(served, [output], previous_response_id=first["id"])
     assert "[tool]sun" in prompt(served)
     assert prompt(served).startswith("[developer]terse[user]weather?[assistant]")
+
+
+async def test_a_call_that_was_cut_off_does_not_end_the_conversation(tmp_path: Path) -> None:
+    fleet = FakeFleet(text=byte_text_model(TEMPLATE))
+    async with at_work(tmp_path, fleet=fleet) as served:
+        said = 'I ask.<tool_call>{"name": "f", "arguments": {"a'
+        served.engine.answer = lambda request: spoken(said, "length")
+        made = await conversation(served)
+        first = await ask(served, "one", tools=[TOOL], conversation=made["id"])
+        assert first["output"][1]["status"] == "incomplete"
+        assert first["output"][1]["arguments"] == '{"a'
+        expected = "[user]one[assistant]I ask.[user]two[assistant]"
+        await ask(served, "two", conversation=made["id"])
+        assert prompt(served) == expected
+        await ask(served, "two", previous_response_id=first["id"])
+        assert prompt(served) == expected
+        again = [{"role": "user", "content": "one"}, *first["output"]]
+        await ask(served, [*again, {"role": "user", "content": "two"}])
+        assert prompt(served) == expected
+
+
+async def test_a_call_that_a_stop_string_has_cut_off_is_incomplete(tmp_path: Path) -> None:
+    fleet = FakeFleet(text=byte_text_model(TEMPLATE))
+    async with at_work(tmp_path, fleet=fleet) as served:
+        said = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+        served.engine.answer = lambda request: spoken(said, "stop")
+        [call] = (await ask(served, "one", tools=[TOOL], stop=": 1"))["output"]
+        assert (call["arguments"], call["status"]) == ('{"a"', "incomplete")
+        [call] = (await ask(served, "one", tools=[TOOL], stop="</tool"))["output"]
+        assert (call["arguments"], call["status"]) == ('{"a": 1}', "completed")
+
+
+async def test_what_was_said_before_is_not_said_twice(served: Served) -> None:
+    first = await ask(served, "one")
+    more = {"role": "user", "content": "two"}
+    for before in (first["output"], [{"type": "item_reference", "id": first["output"][0]["id"]}]):
+        body = {"input": [more, *before], "previous_response_id": first["id"]}
+        error = await served.error(URL, body)
+        assert (error["param"], error["code"]) == ("input[1]", "duplicate_item")
+        assert first["output"][0]["id"] in error["message"]
+        error = await served.error(f"{URL}/input_tokens", body)
+        assert error["code"] == "duplicate_item"
+    assert len(served.engine.requests) == 1
 
 
 async def test_two_children_of_one_parent(served: Served) -> None:
@@ -642,6 +698,16 @@ async def test_responses_in_one_conversation_take_turns(served: Served) -> None:
     for shorter, longer in zip(prompts, prompts[1:], strict=False):
         assert longer.startswith(shorter + "ok[user]"), "one has not seen another"
     assert served.state.turns._locks == {}
+
+
+async def test_an_item_of_another_content_is_not_dropped_for_its_id(served: Served) -> None:
+    item = {"role": "user", "content": "one", "id": "msg_1"}
+    made = await conversation(served, items=[item])
+    body = {"items": [{"role": "user", "content": "zero"}, {**item, "content": "two"}]}
+    error = await served.error(f"/v1/conversations/{made['id']}/items", body)
+    assert (error["param"], error["code"]) == ("items[1].id", "duplicate_item")
+    _, page = await served.get(f"/v1/conversations/{made['id']}/items")
+    assert [each["content"][0]["text"] for each in page["data"]] == ["one"], "all or none"
 
 
 async def test_a_wrong_item_of_a_conversation(served: Served) -> None:

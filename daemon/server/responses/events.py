@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from quantd.daemon.errors import QuantdError
+from quantd.daemon.server.choice import is_object
 from quantd.daemon.server.logprobs import ChatLogprobs
 from quantd.daemon.server.responses.items import (
     CallItem,
@@ -132,6 +133,8 @@ class Writer:
         item.status = status
         if isinstance(item, CallItem):
             item.arguments = text
+            if not is_object(text):
+                item.status = "incomplete"
             yield self._of_item(
                 "response.function_call_arguments.done", arguments=text, name=item.name
             )

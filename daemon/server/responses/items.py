@@ -14,6 +14,7 @@ import msgspec
 from quantd.daemon.errors import RequestError
 from quantd.daemon.server import limits
 from quantd.daemon.server.body import decode
+from quantd.daemon.server.choice import is_object
 from quantd.daemon.server.limits import one_of, shown_as
 from quantd.daemon.server.sampling import out_of_range
 from quantd.daemon.server.schemas import ContentPart, Json, Message
@@ -215,8 +216,11 @@ def _read(raw: bytes, where: str) -> AnyItem | Reference:
         return _READERS[kind](raw)
     except RequestError as error:
         message = error.message.removeprefix("the body: ")
+        separator = "." if error.param else ": "
         param = f"{where}.{error.param}" if error.param else where
-        raise RequestError(f"{where}.{message}", param=param, code=error.error_code) from None
+        raise RequestError(
+            f"{where}{separator}{message}", param=param, code=error.error_code
+        ) from None
 
 
 def _read_message(raw: bytes) -> MessageItem:
@@ -241,8 +245,20 @@ def _read_message(raw: bytes) -> MessageItem:
 
 def _read_call(raw: bytes) -> CallItem:
     call = decode(raw, _CALL)
+    if not call.name:
+        raise out_of_range("name", call.name, "a function's name")
     id, status = _id(call.id, "fc_"), call.status or "completed"
-    return CallItem(id, call.call_id, call.name, call.arguments, status)
+    item = CallItem(id, call.call_id, call.name, call.arguments, status)
+    if call.arguments and not is_cut_off(item):
+        _check_json("arguments", call.arguments)
+    return item
+
+
+def _check_json(name: str, text: str) -> None:
+    try:
+        msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise RequestError(f"{name}: no JSON: {error}", param=name) from None
 
 
 def _read_call_output(raw: bytes) -> CallOutputItem:
@@ -311,13 +327,22 @@ def _id(given: str | None, prefix: str) -> str:
 # --- what templates take --------------------------------------------------------------------------
 
 
+def is_cut_off(item: AnyItem) -> bool:
+    """A call that nobody could run."""
+    return (
+        isinstance(item, CallItem) and item.status == "incomplete" and not is_object(item.arguments)
+    )
+
+
 def messages_of(items: Iterable[AnyItem]) -> list[Message]:
     """Reasoning, text and calls that follow on one another are one assistant's message, as the
-    model has said them."""
+    model has said them. A call that was cut off is left out: templates take whole ones only."""
     made: list[Message] = []
     ours: Message | None = None
     """The assistant's message that is still open."""
     for item in items:
+        if is_cut_off(item):
+            continue
         if isinstance(item, CallOutputItem):
             ours = None
             content = item.output if isinstance(item.output, str) else _content(item.output)

@@ -235,12 +235,14 @@ def _tool_choice(choice: str | dict[str, Json] | None) -> Json:
     if kind == "function":
         return {"type": "function", "function": {"name": choice.get("name")}}
     if kind == "allowed_tools":
-        tools = [
-            {"type": "function", "function": {"name": tool.get("name")}}
-            if isinstance(tool, dict) and tool.get("type") == "function"
-            else tool
-            for tool in choice.get("tools") or ()
-        ]
+        tools = choice.get("tools")
+        if isinstance(tools, list):
+            tools = [
+                {"type": "function", "function": {"name": tool.get("name")}}
+                if isinstance(tool, dict) and tool.get("type") == "function"
+                else tool
+                for tool in tools
+            ]
         allowed = {"mode": choice.get("mode"), "tools": tools}
         return {"type": "allowed_tools", "allowed_tools": allowed}
     raise RequestError(

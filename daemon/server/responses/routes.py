@@ -30,7 +30,7 @@ from quantd.daemon.server.responses.request import (
     check_context,
     renamed,
 )
-from quantd.daemon.server.responses.run import Run, resolved, said_before
+from quantd.daemon.server.responses.run import Run, context_of
 from quantd.daemon.server.sampling import out_of_range
 from quantd.daemon.server.sse import EventStream
 
@@ -164,8 +164,8 @@ async def input_tokens(request: web.Request) -> web.Response:
     conversation = check_context(body)
     items = read_items(body.input)
     who = asker(request)
-    said = await said_before(who, body, conversation)
-    messages = all_messages(body.instructions, [*said, *await resolved(who, items)])
+    said, inputs = await context_of(who, body, conversation, items)
+    messages = all_messages(body.instructions, [*said, *inputs])
     with renamed():
         made = chat_of(body, messages)
         check_messages(made, messages)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
-from quantd.daemon.errors import DeadlineExceeded, QuantdError, QueueFull
+from quantd.daemon.errors import DeadlineExceeded, QuantdError, QueueFull, RequestError
 from quantd.daemon.scheduler.admission import usable_context
 from quantd.daemon.server import chat
 from quantd.daemon.server.choice import Delta
@@ -232,8 +232,10 @@ class Run:
 
     async def _prepare(self) -> None:
         """Reads what was said before, and puts items in the place of references."""
-        self._said = await said_before(self._asker, self._wanted.body, self._wanted.conversation)
-        self._inputs = await resolved(self._asker, self._wanted.items)
+        wanted = self._wanted
+        self._said, self._inputs = await context_of(
+            self._asker, wanted.body, wanted.conversation, wanted.items
+        )
 
     async def _begin(self, made: Generation) -> bytes:
         self.response.model = made.model
@@ -359,7 +361,28 @@ def chat_body(wanted: Wanted, items: Sequence[AnyItem]) -> ChatBody:
     return body
 
 
-async def said_before(asker: Asker, body: ContextBody, conversation: str | None) -> list[AnyItem]:
+async def context_of(
+    asker: Asker,
+    body: ContextBody,
+    conversation: str | None,
+    items: Sequence[AnyItem | Reference],
+) -> tuple[list[AnyItem], list[AnyItem]]:
+    """What was said before, and what comes now. Raises NotFound, and RequestError for an item that
+    would be there twice."""
+    said = await _said_before(asker, body, conversation)
+    inputs = await resolved(asker, items)
+    known = {item.id for item in said}
+    for index, item in enumerate(inputs):
+        if item.id in known:
+            raise RequestError(
+                f"input[{index}]: the item {item.id!r} was said before; send only what is new",
+                param=f"input[{index}]",
+                code="duplicate_item",
+            )
+    return said, inputs
+
+
+async def _said_before(asker: Asker, body: ContextBody, conversation: str | None) -> list[AnyItem]:
     """Raises NotFound, RequestError."""
     store, now = asker.state.store, int(asker.clock.wall())
     if body.previous_response_id is not None:
