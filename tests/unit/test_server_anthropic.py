@@ -111,6 +111,19 @@ async def test_how_it_ends(served: Served) -> None:
     assert reply["content"] == [{"type": "text", "text": "one"}]
 
 
+async def test_a_call_that_a_stop_sequence_has_cut_off_is_not_to_be_run(served: Served) -> None:
+    served.engine.answer = lambda request: spoken(CALL, "stop")
+    reply = await message(served, tools=[WEATHER], stop_sequences=["Rom"])
+    assert (reply["stop_reason"], reply["stop_sequence"]) == ("stop_sequence", "Rom")
+    assert reply["content"][-1]["input"] == {}
+
+
+async def test_tools_are_shown_in_the_order_that_models_know(served: Served) -> None:
+    await message(served, tools=[{"input_schema": {}, "name": "now", "description": "Tells it."}])
+    shown = prompt_of(served)
+    assert shown.index('"now"') < shown.index('"Tells it."') < shown.index('"parameters"')
+
+
 async def test_a_tool_is_called_and_its_result_read(served: Served) -> None:
     served.engine.answer = lambda request: spoken(CALL, "stop")
     reply = await message(served, tools=[WEATHER])

@@ -262,6 +262,13 @@ async def test_a_call_that_is_cut_off_is_left_out(served: Served) -> None:
     assert made[-1]["done_reason"] == "length"
 
 
+async def test_half_a_mark_is_nothing_streamed_or_not(served: Served) -> None:
+    served.engine.answer = lambda request: spoken("<tool_call>", "length")
+    assert (await whole(served, tools=[WEATHER]))["message"]["content"] == ""
+    made = await lines(served, tools=[WEATHER])
+    assert "".join(line["message"]["content"] for line in made) == ""
+
+
 async def test_calls_and_results_of_before(served: Served) -> None:
     call: Any = {"function": {"name": "weather", "arguments": {"city": "Rome"}}}
     other: Any = {"function": {"name": "time", "arguments": {}}}

@@ -97,8 +97,17 @@ def _tools(tools: list[dict[str, Json]] | None) -> list[dict[str, Json]] | None:
         if "input_schema" not in tool:
             field = f"tools[{index}].input_schema"
             raise RequestError(f"{field}: this field is required", param=field)
-        function = {"name": tool.get("name"), "parameters": tool["input_schema"]}
-        function |= {name: tool[name] for name in ("description", "strict") if name in tool}
+        # In the order in which the other APIs' clients have them: models were trained on it.
+        function = {
+            ours: tool[theirs]
+            for ours, theirs in (
+                ("name", "name"),
+                ("description", "description"),
+                ("parameters", "input_schema"),
+                ("strict", "strict"),
+            )
+            if theirs in tool
+        }
         made.append({"type": "function", "function": function})
     return made or None
 

@@ -70,7 +70,7 @@ def whole_answer(
     answer = whole(result.parts)
     calls = (_call(i, call) for i, call in enumerate(answer.calls))
     said = Said(
-        answer.content if result.parts else result.text,
+        answer.content if made.submitter.takes_parts else result.text,
         answer.reasoning,
         tuple(call for call in calls if call is not None),
     )
