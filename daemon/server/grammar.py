@@ -204,6 +204,8 @@ def _common_multiple(schema: Json) -> int:
         item = todo.pop()
         if isinstance(item, dict):
             value = item.get("multipleOf")
+            if isinstance(value, bool):  # which is an int to Python
+                value = None
             if isinstance(value, int | float) and value > 0 and math.isfinite(value):
                 values.append(Fraction(str(value)))
             todo += item.values()

@@ -6,11 +6,11 @@ reasoning is called reasoning_content. API requests have other shapes for the sa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantd.daemon.errors import RequestError
+from quantd.daemon.text.dialects.json_calls import load
 
 _REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
 
@@ -53,8 +53,8 @@ def _tool_call(where: str, call: Mapping[str, Any]) -> dict[str, Any]:
     function = call.get("function")
     if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
         try:
-            arguments = json.loads(function["arguments"] or "{}")
-        except ValueError as error:
+            arguments = load(function["arguments"] or "{}")
+        except (ValueError, RecursionError) as error:
             raise RequestError(
                 f"{where}.function.arguments is not valid JSON: {error}", param="messages"
             ) from error

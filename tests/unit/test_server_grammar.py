@@ -97,6 +97,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"guided_json": {"multipleOf": 1e-300}}, "guided_json", "1000000"),
     ({"guided_regex": 3}, "guided_regex", "string"),
     ({"guided_regex": "a" * 70_000}, "guided_regex", "70000 bytes; the limit is 65536"),
+    ({"guided_json": {"multipleOf": True}}, "guided_json", "multipleOf"),
     ({"guided_choice": []}, "guided_choice", "list of strings"),
     ({"guided_choice": ["a", ""]}, "guided_choice", "none of them empty"),
     ({"guided_choice": ["a", 1]}, "guided_choice", "list of strings"),

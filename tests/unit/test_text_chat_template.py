@@ -94,9 +94,10 @@ def test_tool_call_arguments_become_objects() -> None:
     assert render(source, message('{"b": 1, "a": "x"}')) == '{"b": 1, "a": "x"}'
     assert render(source, message({"b": 1})) == '{"b": 1}'
     assert render(source, message("")) == "{}"
-    error = refusal(source, message("{"))
-    assert "messages[0].tool_calls[0].function.arguments" in str(error)
-    assert error.param == "messages"
+    for wrong in ("{", '{"a": NaN}', "[" * 100_000):
+        error = refusal(source, message(wrong))
+        assert "messages[0].tool_calls[0].function.arguments" in str(error)
+        assert error.param == "messages"
 
 
 def test_reasoning_has_one_name() -> None:
