@@ -137,8 +137,10 @@ class ChatPrompt:
             # Only what the model sees: what calls are held to is as the caller declared it.
             shown = tuple(map_json(tools.shown, change))
             tools = dataclasses.replace(tools, shown=shown)
+        effort = body.reasoning_effort
         made = msgspec.structs.replace(
             body,
+            reasoning_effort=None if effort is None else change(effort, False),
             messages=map_messages(body.messages, change),
             chat_template_kwargs=map_json(body.chat_template_kwargs, change),
         )

@@ -91,7 +91,8 @@ def _map_call(call: dict[str, Json], change: Change) -> dict[str, Json]:
         return call
     arguments = function.get("arguments")
     changed = change(arguments, True) if isinstance(arguments, str) else map_json(arguments, change)
-    return {**call, "function": {**function, "arguments": changed}}
+    name = map_json(function.get("name"), change)
+    return {**call, "function": {**function, "name": name, "arguments": changed}}
 
 
 def map_json(value: Json, change: Change) -> Json:

@@ -63,6 +63,11 @@ TOOL = {
     },
 }
 
+CALLED = {
+    "role": "assistant",
+    "tool_calls": [{"id": "c", "function": {"name": "do a bad thing", "arguments": "{}"}}],
+}
+
 
 def safety(*policies: PolicySettings, guard: GuardSettings | None = None) -> SafetySettings:
     return SafetySettings(
@@ -361,6 +366,8 @@ async def test_in_a_batch(tmp_path: Path) -> None:
             "messages",
         ),
         (CHAT, ask(tools=[TOOL], chat_template_kwargs={"x": ["bad"]}), "messages"),
+        (CHAT, ask(reasoning_effort="bad"), "messages"),
+        (CHAT, {"messages": [CALLED, *ask()["messages"]]}, "messages"),
         (TEXT, {"prompt": ["fine", "b\u200bad"]}, "prompt"),
         (RESPONSES, {"input": "bad", "store": False}, "input"),
         (RESPONSES, {"input": "bad", "store": False, "truncation": "auto"}, "input"),
