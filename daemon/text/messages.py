@@ -6,6 +6,7 @@ reasoning is called reasoning_content. API requests have other shapes for the sa
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,8 +53,11 @@ def _tool_call(where: str, call: Mapping[str, Any]) -> dict[str, Any]:
     converted = dict(call)
     function = call.get("function")
     if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
+        text = function["arguments"] or "{}"
         try:
-            arguments = load(function["arguments"] or "{}")
+            arguments = load(text)
+            if "\\u" in text:  # half a pair of UTF-16 is no text
+                json.dumps(arguments, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise RequestError(
                 f"{where}.function.arguments is not valid JSON: {error}", param="messages"

@@ -94,7 +94,7 @@ def test_tool_call_arguments_become_objects() -> None:
     assert render(source, message('{"b": 1, "a": "x"}')) == '{"b": 1, "a": "x"}'
     assert render(source, message({"b": 1})) == '{"b": 1}'
     assert render(source, message("")) == "{}"
-    for wrong in ("{", '{"a": NaN}', "[" * 100_000):
+    for wrong in ("{", '{"a": NaN}', "[" * 100_000, '{"a": "\\ud800"}'):
         error = refusal(source, message(wrong))
         assert "messages[0].tool_calls[0].function.arguments" in str(error)
         assert error.param == "messages"
