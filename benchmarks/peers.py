@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -104,21 +106,20 @@ class RunningPeer:
         self.peer = peer
         self.url = ""
         self.start_seconds = 0.0
-        self._log = Path(tempfile.gettempdir(), f"benchmark-{peer.engine}-{os.getpid()}.log")
+        self._log = tempfile.TemporaryFile()
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> RunningPeer:
-        port = _free_port()
+        port = free_port()
         command = [part.replace("{port}", str(port)) for part in self.peer.command]
         self.url = f"http://127.0.0.1:{port}"
         started = time.monotonic()
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | self.peer.environment,
-            )
+        self._process = subprocess.Popen(
+            command,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | self.peer.environment,
+        )
         try:
             self._first_token(deadline=started + 300)
         except BaseException:
@@ -142,7 +143,8 @@ class RunningPeer:
 
     def log(self) -> str:
         """What it has written so far."""
-        return self._log.read_text(errors="replace")
+        size = os.fstat(self._log.fileno()).st_size
+        return os.pread(self._log.fileno(), size, 0).decode(errors="replace")
 
     def peak_mebibytes(self) -> int:
         """Peak resident memory of the server's process and its children, added up."""
@@ -158,8 +160,7 @@ class RunningPeer:
         last: Exception | None = None
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
-                tail = self._log.read_text(errors="replace")[-2000:]
-                raise RuntimeError(f"{self.peer.name} ended by itself:\n{tail}")
+                raise RuntimeError(f"{self.peer.name} ended by itself:\n{self.log()[-2000:]}")
             try:
                 urllib.request.urlopen(request, timeout=300).read()
                 return
@@ -173,17 +174,21 @@ class RunningPeer:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
             try:
-                self._process.wait(20)
+                self._process.wait(60)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+        self._log.close()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_port() -> int:
+    """For a server that cannot find one by itself. None of those that Linux gives to clients: one
+    of these might have it before the server has."""
+    for port in random.sample(range(20_000, 32_768), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")
 
 
 def tree(pid: int) -> list[int]:

@@ -51,11 +51,13 @@ DISK_MEBIBYTES = 2
 PATIENCE_SECONDS = 600.0
 """Of a client: long, because a large number waits for all small ones on a machine that is busy."""
 RECOUNT_SECONDS = 3.0
-IDLE_SECONDS = 20.0
+IDLE_SECONDS = 120.0
 """Within which everything must be at rest after the last client has left."""
 MOST_GROWTH = {"daemon": 6.0, "worker": 12.0}
 """MiB over the second half of a policy's time, by the straight line through it. Not looked at below
 a minute, in which pools are still being touched for the first time."""
+
+NEVER_FULL = "the disk was never full"
 
 
 @dataclass
@@ -302,7 +304,7 @@ async def soak(policy: str, known: list[Question], seconds: float, seed: int) ->
             if half_written:
                 outcome.wrong.append(f"files that were not finished: {half_written}")
             if "full" in disk and "No space left" not in running.log():
-                outcome.wrong.append("the disk was never full")
+                outcome.wrong.append(NEVER_FULL)
             errors = [line for line in running.log().splitlines() if "Traceback" in line]
             outcome.wrong += [f"in the log: {line}" for line in errors]
     return outcome

@@ -1,4 +1,6 @@
-"""Which device the tests run on: `QUANTD_TEST_DEVICE`, cpu or cuda.
+"""Which device the tests run on, and that nothing of hypothesis goes by the clock.
+
+The device is `QUANTD_TEST_DEVICE`, cpu or cuda.
 
 By default GPUs are hidden, from this process and from those that it starts, so that what is tested
 is the same on every machine. `make test-gpu` shows them.
@@ -9,6 +11,11 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# By default an example has 200 ms: a machine that does other things meanwhile would be a failure.
+settings.register_profile("quantd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("quantd")
 
 DEVICE = os.environ.get("QUANTD_TEST_DEVICE", "cpu")
 if DEVICE not in ("cpu", "cuda"):

@@ -6,22 +6,26 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, ClassVar, Self
 
-START_SECONDS = 120
-_ADDRESS = re.compile(rb"http://127\.0\.0\.1:(\d+)")
+START_SECONDS = 240
+"""Of patience on a machine that is busy with other things; nothing is measured by it."""
+_ADDRESS = re.compile(rb"http://127\.0\.0\.1:(\d+)\D")
 
 
 def checked_output(
-    command: list[str], environment: dict[str, str], folder: Path, seconds: float = 240
+    command: list[str], environment: dict[str, str], folder: Path, seconds: float = 540
 ) -> str:
     """What a program writes; the test fails with it when the program does."""
     done = subprocess.run(
@@ -41,7 +45,7 @@ def checked_output(
 class UnixConnection(http.client.HTTPConnection):
     """http.client over a Unix socket."""
 
-    def __init__(self, path: Path, timeout: float = 60) -> None:
+    def __init__(self, path: Path, timeout: float = 240) -> None:
         super().__init__("localhost", timeout=timeout)
         self._path = str(path)
 
@@ -76,7 +80,7 @@ class Server:
         connection = (
             UnixConnection(self.socket)
             if unix
-            else http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+            else http.client.HTTPConnection("127.0.0.1", self.port, timeout=240)
         )
         try:
             data = body if body is None or isinstance(body, bytes) else json.dumps(body)
@@ -111,9 +115,41 @@ class Server:
     def wait_metric(self, name: str, value: float) -> None:
         self.wait(lambda: self.metric(name) == value)
 
+    def num_requests(self) -> int:
+        """Those that run or wait."""
+        engines = json.loads(self.get("/admin/state", unix=True)[1])["engines"].values()
+        return sum(engine["running"] + engine["waiting"] for engine in engines)
+
+    def wait_requests(self, number: int) -> None:
+        """Until so many run or wait; 0: also none that an earlier test has left."""
+        self.wait(lambda: self.num_requests() == number)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Its workers stand still meanwhile: what runs does not end, what comes waits for it. For
+        tests that must look, or bring together, before something is over."""
+        models = json.loads(self.get("/admin/models", unix=True)[1])["models"]
+        pids = [model["pid"] for model in models if model["pid"]]
+        assert pids, "nothing is loaded"
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                with suppress(ProcessLookupError):  # the test may have ended it
+                    os.kill(pid, signal.SIGCONT)
+
 
 class Daemon(Server):
-    """`quantd serve ARGUMENTS` on a free port and a socket in `folder`, by default a new one."""
+    """`quantd serve ARGUMENTS` on a free port and a socket in `folder`, by default a new one.
+
+    A context: at its end the daemon is ended, and the folder that was made for it is gone. What
+    the daemon has said by then is in the report of a test that fails (tests/e2e/conftest.py).
+    """
+
+    running: ClassVar[list[Daemon]] = []
+    """All that are not closed."""
 
     def __init__(
         self,
@@ -123,10 +159,32 @@ class Daemon(Server):
         max_files: int | None = None,
     ) -> None:
         """`max_files`: its soft limit of open files."""
+        self._own_folder = folder is None
         self.folder = folder or Path(tempfile.mkdtemp(prefix="quantd-test-"))
-        self.socket = self.folder / "quantd.sock"
         self.log = self.folder / "log"
-        listen = ["--port", "0", "--socket", str(self.socket)]
+        self.process = self._start(arguments, max_files)
+        Daemon.running.append(self)
+        try:
+            super().__init__(self._wait_for_port(), self.folder / "quantd.sock")
+            if wait_ready:
+                self.wait_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _start(self, arguments: tuple[str, ...], max_files: int | None) -> subprocess.Popen[bytes]:
+        listen = ["--port", "0", "--socket", str(self.folder / "quantd.sock")]
         if not any(argument.startswith("--store-path") for argument in arguments):
             listen += ["--store-path", str(self.folder / "state")]
         command = [sys.executable, "-m", "quantd.daemon", "serve", *arguments, *listen]
@@ -134,12 +192,9 @@ class Daemon(Server):
             command = ["prlimit", f"--nofile={max_files}:", *command]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
             )
-        super().__init__(self._wait_for_port(), self.socket)
-        if wait_ready:
-            self.wait_ready()
 
     def _wait_for_port(self) -> int:
         return int(self.wait(lambda: _ADDRESS.search(self.log.read_bytes()))[1])
@@ -148,7 +203,11 @@ class Daemon(Server):
         self.wait(lambda: self.get("/ready")[0] == 200)
 
     def check(self, in_time: bool) -> None:
-        assert in_time and self.process.poll() is None, self.log.read_text(errors="replace")
+        assert in_time and self.process.poll() is None, self.said()
+
+    def said(self) -> str:
+        """Its log so far."""
+        return self.log.read_text(errors="replace")
 
     def workers(self) -> list[int]:
         """Process ids of the daemon's workers."""
@@ -156,10 +215,22 @@ class Daemon(Server):
         return [int(pid) for pid in children.read_text().split()]
 
     def stop(self, number: int = signal.SIGTERM) -> int:
+        """Ends the process and leaves its folder; its status."""
         if self.process.poll() is None:
             self.process.send_signal(number)
         try:
-            return self.process.wait(60)
+            return self.process.wait(START_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            raise
+            self.process.wait()
+            raise AssertionError(f"the daemon does not end: {self.said()}") from None
+
+    def close(self) -> None:
+        """Ends it, whatever state it is in; idempotent."""
+        try:
+            self.stop()
+        finally:
+            if self in Daemon.running:
+                Daemon.running.remove(self)
+            if self._own_folder:
+                shutil.rmtree(self.folder, ignore_errors=True)

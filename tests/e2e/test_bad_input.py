@@ -40,16 +40,16 @@ BODIES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[Daemon]:
     """With a short context, so that nothing that is let through runs for long."""
-    daemon = Daemon("demo", "--dtype", "float32", "--threads", "1", "--max-context", "64")
-    yield daemon
-    daemon.stop()
+    options = ("--dtype", "float32", "--threads", "1", "--max-context", "64")
+    with Daemon("demo", *options) as daemon:
+        yield daemon
 
 
 class Client(AbstractContextManager["Client"]):
     """One keep-alive connection; every answer is checked for its shape."""
 
     def __init__(self, daemon: Daemon) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=120)
+        self._connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=540)
         self.num_connects = 0
 
     def __exit__(self, *error: object) -> None:
@@ -88,7 +88,7 @@ def client(daemon: Daemon) -> Iterator[Client]:
 def check_health(client: Client, daemon: Daemon) -> None:
     for path, body in BODIES.items():
         assert client.post(path, body)[0] == 200
-    log = daemon.log.read_text()
+    log = daemon.said()
     assert "Traceback" not in log and '"level":"error"' not in log, log[-4000:]
 
 
@@ -324,7 +324,7 @@ NOT_HTTP = [
 
 
 def connection_to(daemon: Daemon) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", daemon.port), timeout=120)
+    return socket.create_connection(("127.0.0.1", daemon.port), timeout=540)
 
 
 @pytest.mark.parametrize("sent", NOT_HTTP, ids=count())

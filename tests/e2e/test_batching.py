@@ -39,8 +39,13 @@ def text(daemon: Daemon, body: dict[str, Any]) -> str:
 
 
 def together(daemon: Daemon, requests: list[dict[str, Any]]) -> list[str]:
+    """All are there before the first is computed."""
+    daemon.wait_requests(0)
     with ThreadPoolExecutor(len(requests)) as threads:
-        return list(threads.map(lambda body: text(daemon, body), requests))
+        with daemon.held():
+            texts = [threads.submit(text, daemon, body) for body in requests]
+            daemon.wait_requests(len(requests))
+        return [text.result() for text in texts]
 
 
 def test_64_greedy_requests_at_once_equal_each_alone(demo: Daemon) -> None:

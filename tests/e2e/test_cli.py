@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ def quantd(*arguments: object, piped: str | None = None) -> subprocess.Completed
         input=piped,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=540,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
@@ -61,10 +62,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def daemon(config: Path) -> Iterator[Daemon]:
-    daemon = Daemon("--config", str(config))
-    yield daemon
-    assert daemon.stop() == 0
-    assert not daemon.socket.exists()
+    with Daemon("--config", str(config)) as daemon:
+        yield daemon
+        assert daemon.stop() == 0
+        assert not daemon.socket.exists()
 
 
 @pytest.fixture(scope="module")
@@ -215,14 +216,14 @@ def test_reload(serve: Callable[..., Daemon], tmp_path: Path) -> None:
     file.write_text("[scheduler]\npolicy = 'lifo'\n")
     assert "lifo" in fails(1, "reload", *at)
     daemon.process.send_signal(signal.SIGHUP)
-    daemon.wait(lambda: daemon.log.read_text().count("reload refused") == 2)
+    daemon.wait(lambda: daemon.said().count("reload refused") == 2)
     assert names(daemon) == ["demo", "spare"]
 
     file.write_text(DEMO)
     assert "spare" in succeeds("reload", *at)
     assert names(daemon) == ["demo"]
     [worker] = daemon.workers()  # the demo went on through all of it
-    assert daemon.log.read_text().count(f'"pid":{worker}') == 1
+    assert len(re.findall(rf'"pid":{worker}\b', daemon.said())) == 1
 
 
 # --- sockets ---------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ COMMAND = [sys.executable, "-m", "quantd.daemon", "check", "--device", "cpu"]
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *flags], capture_output=True, text=True, timeout=120)
+    return subprocess.run([*COMMAND, *flags], capture_output=True, text=True, timeout=540)
 
 
 @pytest.fixture(scope="module")

@@ -44,11 +44,11 @@ def test_a_command_that_is_killed_leaves_no_daemon(tmp_path: Path) -> None:
     children = Path(f"/proc/{call.pid}/task/{call.pid}/children")
     while not (daemon := children.read_text().split()):
         time.sleep(0.01)
+    ended = os.pidfd_open(int(daemon[0]))
     while not list(tmp_path.glob("quantd-*/quantd.sock")):
         time.sleep(0.01)
     call.kill()
     call.wait()
-    ended = os.pidfd_open(int(daemon[0]))
     assert select.select([ended], [], [], 240)[0], "the daemon ends too"
     os.close(ended)
 

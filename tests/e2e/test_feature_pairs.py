@@ -7,7 +7,6 @@ blocks spilled, or begun behind a known prefix, from the host, or from files aft
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -130,20 +129,25 @@ def fill(daemon: Daemon, number: int) -> None:
     daemon.post(COMPLETIONS, body)
 
 
-def displace(daemon: Daemon, done: Callable[[], bool]) -> None:
-    """What runs, three times at least, each time for somebody who needs its blocks."""
-    numbers = itertools.count()
-    before = daemon.metric(DISPLACED)
-    while (count := daemon.metric(DISPLACED) - before) < 3:
-        assert not done(), f"it was displaced only {count} times"
-        fill(daemon, next(numbers))
+def displace(daemon: Daemon, done: Callable[[], bool]) -> bool:
+    """What runs, three times at least, each time for somebody who needs its blocks. False where
+    it was done too soon: this process may be slow to ask on a machine that is busy."""
+    before, number = daemon.metric(DISPLACED), 0
+    while daemon.metric(DISPLACED) - before < 3:
+        if done():
+            return False
+        fill(daemon, number)
+        number += 1
+    return True
 
 
 def preempted(daemon: Daemon, name: str) -> Any:
-    with ThreadPoolExecutor(1) as thread:
-        answer = thread.submit(ask, daemon, name)
-        displace(daemon, answer.done)
-        return answer.result()
+    for _ in range(20):
+        with ThreadPoolExecutor(1) as thread:
+            answer = thread.submit(ask, daemon, name)
+            if displace(daemon, answer.done):
+                return answer.result()
+    raise AssertionError("it is never displaced")
 
 
 def known(daemon: Daemon, name: str) -> Any:
@@ -205,6 +209,7 @@ host_kv_bytes = "64MiB"
 
 
 def start(folder: Path, fields: str, overlap: bool = True) -> Daemon:
+    """A context, as each daemon."""
     file = folder / "config.toml"
     file.write_text(CONFIG.format(fields=fields, overlap=str(overlap).lower()))
     return Daemon("--config", str(file))
@@ -213,9 +218,9 @@ def start(folder: Path, fields: str, overlap: bool = True) -> Daemon:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """Shares nothing and plans nothing ahead."""
-    daemon = start(tmp_path_factory.mktemp("plain"), "prefix_cache = false", overlap=False)
-    yield daemon
-    daemon.stop()
+    folder = tmp_path_factory.mktemp("plain")
+    with start(folder, "prefix_cache = false", overlap=False) as daemon:
+        yield daemon
 
 
 @pytest.fixture(scope="module")
@@ -226,9 +231,8 @@ def undisturbed(plain: Daemon) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    daemon = start(tmp_path_factory.mktemp("small"), SMALL)
-    yield daemon
-    daemon.stop()
+    with start(tmp_path_factory.mktemp("small"), SMALL) as daemon:
+        yield daemon
 
 
 @pytest.fixture(scope="module")
@@ -236,14 +240,18 @@ def restarted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon whose predecessor was asked everything, and has saved it."""
     folder = tmp_path_factory.mktemp("restarted")
     fields = f'{SMALL}\ndisk_kv_path = "{folder}/kv"'
-    first = start(folder, fields)
-    for name in NAMES:
-        ask(first, name)
-    first.wait(lambda: state(first)["disk_cached"] >= state(first)["nodes"] > 0)
-    first.stop()
-    second = start(folder, fields)
-    yield second
-    second.stop()
+    with start(folder, fields) as first:
+        for name in NAMES:
+            ask(first, name)
+        first.wait(lambda: state(first)["disk_cached"] >= state(first)["nodes"] > 0)
+    with start(folder, fields) as second:
+        listed(second)
+        yield second
+
+
+def listed(daemon: Daemon) -> None:
+    """Until it is known which files there are; a request waits for that a second only."""
+    daemon.wait(lambda: state(daemon)["disk_cached"])
 
 
 # --- the pairs ---------------------------------------------------------------------------------
@@ -277,16 +285,23 @@ def test_a_disturbed_answer_is_the_undisturbed_one(
 def test_an_answer_that_begins_in_files_is_the_same(
     restarted: Daemon, undisturbed: dict[str, Any], name: str
 ) -> None:
-    """And the first of them does not come before it is known which files there are."""
+    """Whether a block is read goes by what reading has cost so far, which is too much where other
+    programs were in the way; a model that is loaded again has measured nothing yet."""
     if name == "salt":
         other = body_of(name)[1] | {"cache_salt": "b"}
         answer = restarted.post(COMPLETIONS, other)
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
         assert answer["choices"][0]["text"] == undisturbed[name][2]["text"]
-    before = state(restarted)["moved_blocks"]["in_disk"]
-    answer = ask(restarted, name)
-    assert (state(restarted)["moved_blocks"]["in_disk"] > before) == sharing(name)
-    assert alike(answer, undisturbed[name]), (answer, undisturbed[name])
+    for _ in range(10):
+        before = state(restarted)["moved_blocks"]["in_disk"]
+        answer = ask(restarted, name)
+        assert alike(answer, undisturbed[name]), (answer, undisturbed[name])
+        if (state(restarted)["moved_blocks"]["in_disk"] > before) == sharing(name):
+            return
+        restarted.post("/admin/models/unload", {"model": "demo"}, unix=True)
+        restarted.post("/admin/models/load", {"model": "demo"}, unix=True)
+        listed(restarted)
+    raise AssertionError("whether it is read is not by what it asks for")
 
 
 def test_lines_of_a_batch_that_are_displaced(small: Daemon, undisturbed: dict[str, Any]) -> None:
@@ -297,18 +312,22 @@ def test_lines_of_a_batch_that_are_displaced(small: Daemon, undisturbed: dict[st
     data = "".join(json.dumps(line) + "\n" for line in lines).encode()
     with openai.OpenAI(base_url=f"{small.url}/v1", api_key="none", max_retries=0) as client:
         file = client.files.create(file=("lines.jsonl", data), purpose="batch")
-        batch = client.batches.create(
-            input_file_id=file.id, endpoint=COMPLETIONS, completion_window="24h"
-        )
+        for _ in range(20):
+            batch = client.batches.create(
+                input_file_id=file.id, endpoint=COMPLETIONS, completion_window="24h"
+            )
 
-        def ended() -> bool:
-            return client.batches.retrieve(batch.id).status == "completed"
+            def ended(id: str = batch.id) -> bool:
+                return client.batches.retrieve(id).status == "completed"
 
-        displace(small, ended)
-        small.wait(ended)
-        output = client.batches.retrieve(batch.id).output_file_id
-        assert output is not None
-        answers = client.files.content(output).text.splitlines()
+            is_displaced = displace(small, ended)
+            small.wait(ended)
+            output = client.batches.retrieve(batch.id).output_file_id
+            assert output is not None
+            answers = client.files.content(output).text.splitlines()
+            if is_displaced:
+                break
+    assert is_displaced, "they are never displaced"
     assert len(answers) == len(lines)
     for answer in map(json.loads, answers):
         name, answered = answer["custom_id"], parts_of(answer["response"]["body"])

@@ -132,6 +132,7 @@ def test_what_has_no_end_ends_with_length(demo: Daemon) -> None:
     ],
 )
 def test_a_bad_one_computes_nothing(demo: Daemon, fields: Any, param: str, word: str) -> None:
+    demo.wait_requests(0)
     before = demo.metric("quantd_prompt_tokens_total")
     status, _, data = demo.request("POST", CHAT, {"messages": MESSAGES, "max_tokens": 9, **fields})
     error = json.loads(data)["error"]
@@ -153,7 +154,7 @@ def test_nothing_left_to_sample_ends_one_request_and_no_other(demo: Daemon) -> N
 async def test_a_hundred_at_once_with_schemas_of_their_own(demo: Daemon) -> None:
     free = {"messages": MESSAGES, "max_tokens": 12, "temperature": 0, "model": "demo"}
     async with openai.AsyncOpenAI(
-        base_url=f"{demo.url}/v1", api_key="none", max_retries=0, timeout=240
+        base_url=f"{demo.url}/v1", api_key="none", max_retries=0, timeout=540
     ) as client:
         alone = await client.chat.completions.create(**free)
         replies = await asyncio.gather(
@@ -176,11 +177,15 @@ async def test_preemption_changes_no_token(serve: Callable[..., Daemon]) -> None
     bodies = [body(NUMBERS | {"title": str(i)}, seed=i) for i in range(24)]
     alone = [small.post(CHAT, each)["choices"][0]["message"]["content"] for each in bodies]
     async with openai.AsyncOpenAI(
-        base_url=f"{small.url}/v1", api_key="none", max_retries=0, timeout=240
+        base_url=f"{small.url}/v1", api_key="none", max_retries=0, timeout=540
     ) as client:
-        replies = await asyncio.gather(
-            *(client.chat.completions.create(model="demo", **each) for each in bodies)
-        )
+        with small.held():
+            asking = [
+                asyncio.create_task(client.chat.completions.create(model="demo", **each))
+                for each in bodies
+            ]
+            await asyncio.to_thread(small.wait_requests, len(bodies))
+        replies = await asyncio.gather(*asking)
     assert [reply.choices[0].message.content for reply in replies] == alone
     assert small.metric("quantd_preemptions_total") > 0
 

@@ -10,7 +10,6 @@ import http.client
 import json
 import re
 import signal
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,14 +44,17 @@ def ask(daemon: Daemon, *arguments: Any, **extra: Any) -> tuple[list[int], int]:
 
 
 def together(daemon: Daemon, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All are there before the first is computed."""
     with ThreadPoolExecutor(len(requests)) as threads:
-        return list(threads.map(lambda one: daemon.post("/v1/completions", one), requests))
+        with daemon.held():
+            answers = [threads.submit(daemon.post, "/v1/completions", one) for one in requests]
+            daemon.wait_requests(len(requests))
+        return [answer.result() for answer in answers]
 
 
 def started(*arguments: str) -> Iterator[Daemon]:
-    daemon = Daemon("demo", "--dtype", "float32", "--threads", "1", *arguments)
-    yield daemon
-    daemon.stop()
+    with Daemon("demo", "--dtype", "float32", "--threads", "1", *arguments) as daemon:
+        yield daemon
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,25 @@ def state(daemon: Daemon) -> dict[str, Any]:
     assert status == 200
     engine: dict[str, Any] = json.loads(data)["engines"]["demo"]
     return engine
+
+
+def listed(daemon: Daemon, num_files: int) -> None:
+    """Until the worker has looked through the folder; a request waits for that a second only."""
+    daemon.wait(lambda: state(daemon)["kv"]["disk_cached"] >= num_files)
+
+
+def check_read_from_disk(daemon: Daemon, prompt: list[int], tokens: list[int]) -> None:
+    """Whether a block is read goes by what reading has cost so far, which is too much where other
+    programs were in the way; a model that is loaded again has measured nothing yet."""
+    for _ in range(10):
+        answer, cached = ask(daemon, prompt, len(tokens))
+        assert answer == tokens
+        if cached == len(prompt) // 16 * 16:
+            return
+        daemon.post("/admin/models/unload", {"model": "demo"}, unix=True)
+        daemon.post("/admin/models/load", {"model": "demo"}, unix=True)
+        listed(daemon, 1)
+    raise AssertionError("it is never read from disk")
 
 
 def test_cached_is_uncached_and_usage_says_how_much(daemon: Daemon, plain: Daemon) -> None:
@@ -135,12 +156,12 @@ def test_the_disk_tier_survives_a_restart(serve: Callable[..., Daemon], tmp_path
     ]
     first = serve("demo", "--dtype", "float32", *arguments)
     expected = [ask(first, prompt, 20)[0] for prompt in PROMPTS[:3]]
-    first.wait(lambda: state(first)["kv"]["disk_cached"] >= 3 * 13)
+    listed(first, 3 * 13)
     first.stop(signal.SIGTERM)
     second = serve("demo", "--dtype", "float32", *arguments)
-    # The first request waits until the folder was looked through.
+    listed(second, 3 * 13)
     for prompt, tokens in zip(PROMPTS[:3], expected, strict=True):
-        assert ask(second, prompt, 20) == (tokens, 192)
+        check_read_from_disk(second, prompt, tokens)
     read = second.metric('quantd_spill_bytes_total{direction="in",tier="disk"}')
     assert read > 0
     second.post("/admin/models/unload", {"model": "demo"}, unix=True)
@@ -149,11 +170,11 @@ def test_the_disk_tier_survives_a_restart(serve: Callable[..., Daemon], tmp_path
         data[-5] ^= 4
         path.write_bytes(data)
     second.post("/admin/models/load", {"model": "demo"}, unix=True)
-    second.wait(lambda: state(second)["kv"]["disk_cached"] >= 3 * 13)
+    listed(second, 3 * 13)
     assert [ask(second, prompt, 20)[0] for prompt in PROMPTS[:3]] == expected
     # What was damaged was not taken, and what was counted before the load was not forgotten.
     assert second.metric('quantd_spill_bytes_total{direction="in",tier="disk"}') == read
-    assert "not what its name says" in second.log.read_text()
+    assert "not what its name says" in second.said()
 
 
 def test_those_who_come_together_after_a_restart_share_what_is_read(
@@ -163,9 +184,10 @@ def test_those_who_come_together_after_a_restart_share_what_is_read(
     arguments += ["--disk-kv-path", str(tmp_path / "kv")]
     first = serve("demo", *arguments)
     ask(first, PROMPTS[0], 1)
-    first.wait(lambda: state(first)["kv"]["disk_cached"] >= 12)
+    listed(first, 12)
     first.stop(signal.SIGTERM)
     second = serve("demo", *arguments)
+    listed(second, 12)
     prompts = [[*PROMPTS[0][:192], *range(20 + i, 30 + i)] for i in range(4)]
     answers = together(second, [body(prompt, 20) for prompt in prompts])
     cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
@@ -207,8 +229,8 @@ def test_a_disk_that_fails_is_told_and_costs_no_answer(
     daemon.wait_metric(free, 0)
     files = Path(path)
     daemon.wait(lambda: state(daemon)["kv"]["disk_cached"] == len(list(files.glob("*/*.kv"))))
-    assert not list(files.glob("*/*.new"))
-    assert reason in daemon.log.read_text()
+    daemon.wait(lambda: not list(files.glob("*/*.new")))
+    assert reason in daemon.said()
     assert daemon.get("/admin/check", unix=True)[0] == 200
     assert state(daemon)["kv"]["used"] == 0
 
@@ -220,8 +242,12 @@ def test_a_timeout_is_an_error_that_names_it(daemon: Daemon) -> None:
     assert (status, error["code"], error["param"]) == (422, "deadline_exceeded", "timeout")
     # By what the daemon knows of its own speed, it may say so before it begins.
     assert re.match(r"the timeout of 0\.2 s (is over: |cannot be met: )", error["message"])
-    streamed = body(PROMPTS[0][:1], 7000, timeout=1, stream=True)  # it begins, and cannot end
-    status, _, data = daemon.request("POST", "/v1/completions", streamed)
+    # It begins, if need be with more time, and cannot end.
+    for seconds in (1, 2, 4, 8, 16):
+        streamed = body(PROMPTS[0][:1], 7000, timeout=seconds, stream=True)
+        status, _, data = daemon.request("POST", "/v1/completions", streamed)
+        if status == 200:
+            break
     assert status == 200 and b'"deadline_exceeded"' in data and data.endswith(b"[DONE]\n\n")
     for wrong in (0, -1, 1e9):
         status, _, data = daemon.request("POST", "/v1/completions", request | {"timeout": wrong})
@@ -259,33 +285,38 @@ def configured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemo
     file = tmp_path_factory.mktemp("configured") / "config.toml"
     (file.parent / "keys").write_text("alice:key-of-alice\nbob:key-of-bob\n")
     file.write_text(CONFIGURED)
-    daemon = Daemon("--config", str(file), wait_ready=True)
-    yield daemon, file
-    daemon.stop()
+    with Daemon("--config", str(file)) as daemon:
+        yield daemon, file
 
 
 def test_callers_share_by_the_weights_of_the_configuration(
     configured: tuple[Daemon, Path],
 ) -> None:
     daemon, _ = configured
-    connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=240)
     headers = {"Content-Type": "application/json", "x-api-key": "key-of-bob"}
     long = json.dumps(body(PROMPTS[0], 4000, stream=True))
-    connection.request("POST", "/v1/completions", long, headers)
-    daemon.wait_metric("quantd_requests_running", 1)
 
-    def one(number: int) -> tuple[float, str]:
+    def one(number: int) -> tuple[str, str]:
+        """(when the daemon has answered, by its own clock; who asked)"""
         caller = "alice" if number % 2 else "bob"
-        prompt = PROMPTS[number % 12][: 40 + number]
+        options = {"num_predict": 8, "temperature": 0}
+        asked = {"model": "demo", "prompt": f"What can you do? {number}", "options": options}
         key = {"x-api-key": f"key-of-{caller}"}
-        status, _, data = daemon.request("POST", "/v1/completions", body(prompt, 8), **key)
-        assert status == 200, data
-        return time.monotonic(), caller
+        sent = asked | {"stream": False}
+        status, _, data = daemon.request("POST", "/api/generate", sent, **key)
+        answer = json.loads(data)
+        assert (status, answer["eval_count"]) == (200, 8), data
+        return answer["created_at"], caller
 
     with ThreadPoolExecutor(24) as threads:
-        futures = [threads.submit(one, number) for number in range(24)]
-        daemon.wait_metric("quantd_requests_waiting", 24)
-        connection.close()
+        with daemon.held():
+            connection.request("POST", "/v1/completions", long, headers)
+            daemon.wait_metric("quantd_requests_running", 1)
+            futures = [threads.submit(one, number) for number in range(24)]
+            daemon.wait_requests(25)
+            connection.close()
+            daemon.wait_requests(24)
         ended = [caller for _, caller in sorted(future.result() for future in futures)]
     # By what they have computed: three tokens of alice's for each of bob's, who begins behind.
     assert ended[:12].count("alice") >= 8, ended

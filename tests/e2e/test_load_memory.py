@@ -43,15 +43,12 @@ def make(folder: Path, kind: str, **changes: int) -> Path:
 
 def peak_and_weights(path: Path, *options: str) -> tuple[int, int]:
     """(the most that the worker ever had resident, what it holds of weights), in bytes."""
-    daemon = Daemon(f"model={path}", "--threads", "2", *options)
-    try:
+    with Daemon(f"model={path}", "--threads", "2", *options) as daemon:
         (worker,) = daemon.workers()
         status = Path(f"/proc/{worker}/status").read_text().splitlines()
         peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
         _, listed = daemon.get("/admin/models", unix=True)
         (model,) = json.loads(listed)["models"]
-    finally:
-        daemon.stop()
     return peak * 1024, int(model["info"]["weight_bytes"])
 
 

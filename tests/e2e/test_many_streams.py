@@ -79,18 +79,22 @@ def test_a_thousand_streams_all_end_and_leave_nothing(
         "demo", "--dtype", "float32", "--threads", "1", "--max-running", "1000", max_files=256
     )
     tcp = asyncio.run(_all(daemon.url))
-    daemon.wait_metric("quantd_requests_running", 0)
-    files, memory = _open_files(daemon.process.pid), _resident_bytes(daemon.process.pid)
+    daemon.wait_requests(0)
+    files = _open_files(daemon.process.pid)
     assert Counter(reason for reason, _ in tcp) == {"length": STREAMS}
     assert {len(tokens) for _, tokens in tcp} == {TOKENS}
     assert len({tuple(tokens) for _, tokens in tcp}) > 100, "each has its own answer"
-
-    unix = asyncio.run(_all("http://localhost", daemon.socket))
-    assert unix == tcp, "none lost, none doubled, none in another's place"
-    for name in ("running", "waiting"):
-        daemon.wait_metric(f"quantd_requests_{name}", 0)
-    daemon.wait_metric('quantd_kv_blocks{state="used"}', 0)
-    daemon.wait(lambda: _open_files(daemon.process.pid) <= files + 8)
-    # The second thousand needs no more than the first has left behind.
-    assert _resident_bytes(daemon.process.pid) < memory + (8 << 20)
+    # A further thousand needs no more than those before have left behind. Where this process is
+    # slow to read, one may find more on its way than those before did; a leak is one each time.
+    for _ in range(3):
+        memory = _resident_bytes(daemon.process.pid)
+        unix = asyncio.run(_all("http://localhost", daemon.socket))
+        assert unix == tcp, "none lost, none doubled, none in another's place"
+        daemon.wait_requests(0)
+        daemon.wait_metric('quantd_kv_blocks{state="used"}', 0)
+        daemon.wait(lambda: _open_files(daemon.process.pid) <= files + 8)
+        growth = _resident_bytes(daemon.process.pid) - memory
+        if growth < 8 << 20:
+            break
+    assert growth < 8 << 20
     assert daemon.get("/admin/check", unix=True)[0] == 200

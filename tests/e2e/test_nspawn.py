@@ -32,7 +32,7 @@ pytestmark = [
 
 # Run inside the container. Each request is a connection of its own, as a proxy would make them.
 CLIENT = r"""
-import concurrent.futures, http.client, json, socket, subprocess, sys, time
+import concurrent.futures, http.client, json, socket, subprocess, sys, threading, time
 
 class Unix(http.client.HTTPConnection):
     def connect(self):
@@ -42,7 +42,7 @@ class Unix(http.client.HTTPConnection):
 
 def ask(unix, tokens):
     kind = Unix if unix else http.client.HTTPConnection
-    connection = kind("127.0.0.1", 8420, timeout=120)
+    connection = kind("127.0.0.1", 8420, timeout=240)
     body = {"model": "demo", "prompt": "1 + 2", "max_tokens": tokens, "ignore_eos": True}
     headers = {"Content-Type": "application/json"}
     connection.request("POST", "/v1/completions", json.dumps(body), headers)
@@ -54,17 +54,24 @@ def ask(unix, tokens):
 if sys.argv[1] == "once":
     print(json.dumps([ask(True, 4), ask(False, 4)]))
 else:
-    deadline = time.monotonic() + 8
+    seen, over = [], threading.Event()
     def keep_asking(i):
-        seen = []
-        while time.monotonic() < deadline:
+        while not over.is_set():
             seen.append(ask(i % 2 == 0, 40 + i))
-        return seen
     with concurrent.futures.ThreadPoolExecutor(6) as threads:
         loads = [threads.submit(keep_asking, i) for i in range(6)]
-        time.sleep(2)
-        subprocess.run(["systemctl", "restart", "quantd.service"], check=True)
-        print(json.dumps([answer for load in loads for answer in load.result()]))
+        try:
+            while len(seen) < 12 and not any(load.done() for load in loads):
+                time.sleep(0.01)
+            subprocess.run(["systemctl", "restart", "quantd.service"], check=True)
+            before = len(seen)
+            while len(seen) < before + 12 and not any(load.done() for load in loads):
+                time.sleep(0.01)
+        finally:
+            over.set()
+        for load in loads:
+            load.result()
+    print(json.dumps(seen))
 """
 
 
@@ -87,7 +94,7 @@ class Container:
     def run(self, *command: str, check: bool = True) -> str:
         """A command inside; its output."""
         entered = ["nsenter", "-t", str(self._init()), "-a", *command]
-        done = subprocess.run(entered, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(entered, capture_output=True, text=True, timeout=540)
         assert not check or done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout.strip()
 
@@ -104,7 +111,7 @@ class Container:
         return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
     def _wait_until_booted(self) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while True:
             try:
                 state = self.run("systemctl", "is-system-running", check=False)
@@ -162,7 +169,7 @@ def test_the_first_connection_starts_the_service(container: Container) -> None:
 def test_a_restart_under_load_loses_no_request(container: Container) -> None:
     first = container.run("systemctl", "show", "-P", "MainPID", "quantd.service")
     answers = json.loads(container.run("/opt/venv/bin/python", "/opt/client.py", "load"))
-    assert len(answers) > 6
+    assert len(answers) >= 24
     assert [answer for answer in answers if answer[0] != 200] == []
     assert container.run("systemctl", "show", "-P", "MainPID", "quantd.service") != first
 

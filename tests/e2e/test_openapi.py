@@ -21,9 +21,8 @@ _TWINS = ("--exclude-path", "/v2/rerank", "--exclude-path", "/rerank")
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    daemon = serve(tmp_path_factory.mktemp("daemon"))
-    yield daemon
-    daemon.stop()
+    with serve(tmp_path_factory.mktemp("daemon")) as daemon:
+        yield daemon
 
 
 @pytest.fixture(scope="module")
@@ -38,26 +37,23 @@ def test_schemathesis(daemon: Daemon) -> None:
     done = run(f"{daemon.url}/openapi.json", "--max-examples", "10", *_TWINS)
     assert done.returncode == 0, done.stdout[-20_000:]
     assert "No operations" not in done.stdout
-    log = daemon.log.read_text()
+    log = daemon.said()
     assert "Traceback" not in log and '"level":"error"' not in log, log[-4000:]
 
 
 @pytest.mark.timeout(600)
 def test_under_a_safety_policy(tmp_path: Path) -> None:
-    filtering = serve(tmp_path, POLICY)
-    try:
+    with serve(tmp_path, POLICY) as filtering:
         options = ("--max-examples", "10", "--phases", "fuzzing", *_TWINS)
         document = f"{filtering.url}/openapi.json"
         done = run(document, *options, "--include-path-regex", FILTERED)
         assert done.returncode == 0, done.stdout[-20_000:]
         assert "No operations" not in done.stdout
-        log = filtering.log.read_text()
+        log = filtering.said()
         assert "Traceback" not in log and '"level":"error"' not in log, log[-4000:]
         metrics = filtering.get("/metrics", unix=True)[1].decode()
         for action in ("annotate", "redact", "block"):
             assert f'quantd_safety_total{{action="{action}"' in metrics
-    finally:
-        filtering.stop()
 
 
 LIES = {

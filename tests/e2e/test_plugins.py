@@ -40,7 +40,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(TOY, source)
     offline = ["--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "install", "-q", *offline]
-    subprocess.run([*command, "--target", folder / "lib", source], check=True, timeout=120)
+    subprocess.run([*command, "--target", folder / "lib", source], check=True, timeout=540)
     return folder / "lib"
 
 
@@ -127,7 +127,7 @@ def test_without_the_plug_in_the_model_is_refused_with_reasons(
     models: tuple[Path, Path],
 ) -> None:
     command = [sys.executable, "-m", "quantd.daemon", "inspect", str(models[0]), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540)
     assert done.returncode != 0
     report = json.dumps(json.loads(done.stdout))
     assert "no quantizer takes the layer" in report

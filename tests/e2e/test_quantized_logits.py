@@ -110,8 +110,8 @@ def test_echoed_logprobs_are_those_of_transformers(tmp_path: Path) -> None:
     folders = _folders()
     assert len(folders) >= 2
     made = [_served(folder, tmp_path) for folder in folders]
-    daemon = Daemon(*(f"m{i}={path}" for i, path in enumerate(made)), "--dtype", "float32")
-    try:
+    models = (f"m{i}={path}" for i, path in enumerate(made))
+    with Daemon(*models, "--dtype", "float32") as daemon:
         for i, folder in enumerate(folders):
             tokens = _tokens(folder)
             body: dict[str, Any] = {
@@ -127,5 +127,4 @@ def test_echoed_logprobs_are_those_of_transformers(tmp_path: Path) -> None:
                 logits = _reference(made[i])(torch.tensor([tokens])).logits[0]
             expected = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(tokens)[1:, None])[:, 0]
             torch.testing.assert_close(said, expected, rtol=0.0, atol=1e-3, msg=folder.name)
-    finally:
         assert daemon.stop() == 0

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from harness import UnixConnection
+from peers import free_port
 
 FAKE = Path(__file__).parents[1] / "fixtures/fake_daemon.py"
 QUESTION = json.dumps({"model": "stuck", "prompt": "a", "max_tokens": 8, "stream": True})
@@ -65,7 +66,7 @@ class Instance:
 
     def wait(self) -> int:
         try:
-            return self.process.wait(60)
+            return self.process.wait(240)
         finally:
             self._log.close()
 
@@ -98,9 +99,7 @@ def status(connection: http.client.HTTPConnection) -> int:
     shutil.which("systemd-socket-activate") is None, reason="no systemd-socket-activate"
 )
 def test_the_first_connection_starts_it(folder: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     path = folder / "q.sock"
     activate = ["systemd-socket-activate", "-l", str(path), "-l", f"127.0.0.1:{port}"]
     daemon = Instance([*activate, "--fdname=unix:http", *command(folder)])

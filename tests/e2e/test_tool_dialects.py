@@ -80,9 +80,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             "threads = 1\npreload = false\nkeep_alive = 1\nkv_bytes = '64MiB'\n"
         )
     (folder / "config.toml").write_text("".join(tables))
-    daemon = Daemon("--config", str(folder / "config.toml"), folder=folder)
-    yield daemon
-    daemon.stop()
+    with Daemon("--config", str(folder / "config.toml"), folder=folder) as daemon:
+        yield daemon
 
 
 def streamed(server: Server, body: dict[str, Any]) -> list[tuple[str, str]]:

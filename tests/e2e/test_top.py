@@ -44,7 +44,7 @@ class Terminal:
 
     def read_until(self, wanted: bytes) -> bytes:
         """What was shown up to `wanted`, since the last call."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while wanted not in self.seen:
             assert time.monotonic() < deadline, self.seen
             if select.select([self.master], [], [], 0.1)[0]:
@@ -58,7 +58,7 @@ class Terminal:
     def ended(self) -> int:
         """Its status; the terminal must be what it was."""
         self.read_until(b"\x1b[?25h\x1b[?1049l")
-        status = self.process.wait(30)
+        status = self.process.wait(240)
         assert termios.tcgetattr(self.slave) == self.modes
         return status
 

@@ -26,7 +26,7 @@ CHAT = "/v1/chat/completions"
 
 def begin(daemon: Daemon, body: dict[str, Any]) -> http.client.HTTPConnection:
     """A request that is sent and not read."""
-    connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=240)
     connection.request("POST", CHAT, json.dumps(body), {"Content-Type": "application/json"})
     return connection
 
@@ -38,18 +38,19 @@ def test_one_runs_one_waits_with_comments_and_the_next_is_told_to_come_back(
         *("demo", "--dtype", "float32", "--threads", "1"),
         *("--max-running", "1", "--max-waiting", "1", "--keepalive-seconds", "1"),
     )
-    running = begin(daemon, LONG)
-    daemon.wait_metric("quantd_requests_running", 1)
-    waiting = begin(daemon, LONG | {"max_tokens": 2})
-    daemon.wait_metric("quantd_requests_waiting", 1)
+    with daemon.held():
+        running = begin(daemon, LONG)
+        daemon.wait_metric("quantd_requests_running", 1)
+        waiting = begin(daemon, LONG | {"max_tokens": 2})
+        daemon.wait_metric("quantd_requests_waiting", 1)
 
-    status, headers, body = daemon.request("POST", CHAT, LONG)
-    assert status == 429 and int(headers["retry-after"]) >= 1
-    assert json.loads(body)["error"]["type"] == "rate_limit_error"
+        status, headers, body = daemon.request("POST", CHAT, LONG)
+        assert status == 429 and int(headers["retry-after"]) >= 1
+        assert json.loads(body)["error"]["type"] == "rate_limit_error"
 
-    response = waiting.getresponse()
-    assert response.status == 200 and response.readline().startswith(b":")
-    running.close()
+        response = waiting.getresponse()
+        assert response.status == 200 and response.readline().startswith(b":")
+        running.close()
     rest = response.read()
     assert rest.endswith(b"data: [DONE]\n\n") and b'"finish_reason":"length"' in rest
     waiting.close()

@@ -54,9 +54,8 @@ def strict_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("strict")
     (folder / "keys").write_text(f"tests:{_KEY}\n")
     (folder / "config.toml").write_text(_STRICT)
-    daemon = Daemon("--config", str(folder / "config.toml"))
-    yield daemon
-    daemon.stop()
+    with Daemon("--config", str(folder / "config.toml")) as daemon:
+        yield daemon
 
 
 @pytest.fixture(scope="session")

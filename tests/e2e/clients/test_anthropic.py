@@ -29,7 +29,7 @@ SUM: Any = {"role": "user", "content": "What is 3 + 4?"}
 
 
 def client_of(server: Server, key: str = "none") -> anthropic.Anthropic:
-    return anthropic.Anthropic(api_key=key, base_url=server.url, max_retries=0, timeout=120)
+    return anthropic.Anthropic(api_key=key, base_url=server.url, max_retries=0, timeout=240)
 
 
 @pytest.fixture(scope="module")

@@ -64,9 +64,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     sentence_transformers(folder / "embedder", "mean_tokens", True)
     make("BertForSequenceClassification", folder / "reranker", num_labels=1)
     (folder / "config.toml").write_text(_CONFIG)
-    daemon = Daemon("--config", str(folder / "config.toml"))
-    yield daemon
-    daemon.stop()
+    with Daemon("--config", str(folder / "config.toml")) as daemon:
+        yield daemon
 
 
 def run(name: str, command: list[str], environment: dict[str, str], folder: Path) -> str:

@@ -56,7 +56,7 @@ def get_weather(city: str) -> str:
 
 
 def client_of(server: Server, **options: Any) -> ollama.Client:
-    return ollama.Client(host=server.url, timeout=120, **options)
+    return ollama.Client(host=server.url, timeout=240, **options)
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +84,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def many(folder: Path) -> Iterator[ollama.Client]:
     """Of a daemon with several models, whose coming and going nobody else minds."""
-    daemon = Daemon("--config", str(folder / "config.toml"))
-    with client_of(daemon) as client:
+    with Daemon("--config", str(folder / "config.toml")) as daemon, client_of(daemon) as client:
         yield client
-    daemon.stop()
 
 
 def test_whole_and_streamed_are_the_same(client: ollama.Client) -> None:
@@ -232,6 +230,7 @@ def test_errors(client: ollama.Client, strict_server: Server, api_key: str) -> N
 
 def test_a_client_that_leaves_leaves_nothing(client: ollama.Client, demo_server: Server) -> None:
     aborted = 'quantd_requests_total{model="demo",outcome="abort"}'
+    demo_server.wait_requests(0)
     before = demo_server.metric(aborted)
 
     async def leave() -> None:

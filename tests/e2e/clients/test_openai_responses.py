@@ -22,11 +22,11 @@ pytestmark = pytest.mark.xdist_group("clients")
 
 QUESTION = "Sort these numbers: 42, 7, 19"
 ASK: dict[str, Any] = {"model": "demo", "temperature": 0, "max_output_tokens": 24}
-LONG: dict[str, Any] = ASK | {"max_output_tokens": 2000, "extra_body": {"ignore_eos": True}}
+LONG: dict[str, Any] = ASK | {"max_output_tokens": 8000, "extra_body": {"ignore_eos": True}}
 
 
 def connect(server: Server, key: str = "none") -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def client(demo_server: Server) -> Iterator[openai.OpenAI]:
 
 
 def ended(client: openai.OpenAI, id: str) -> Any:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while (response := client.responses.retrieve(id)).status in ("queued", "in_progress"):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -325,9 +325,11 @@ def test_a_chain_whose_blocks_had_to_leave_goes_on_the_same(
                 for each, said in ((client, wide), (tight, narrow))
             ]
             assert pair[0].output_text == pair[1].output_text
-            # Not equal: to compute a block again may be measured to be cheaper than to fetch it.
-            assert cached(pair[0]) >= cached(pair[1]) > 100
+            # To compute a block again may be measured to be cheaper than to fetch it.
+            assert cached(pair[0]) >= cached(pair[1]) and cached(pair[0]) > 100
     assert small.metric('quantd_spill_bytes_total{direction="out",tier="host"}') > 0
+    kv = json.loads(small.get("/admin/state", unix=True)[1])["engines"]["demo"]["kv"]
+    assert kv["fetches"] + kv["recomputes"] > 0
 
 
 TWO_MODELS = """
@@ -480,7 +482,7 @@ def test_other_models_restarts_and_owners(serve: Callable[..., Daemon], tmp_path
         )
         assert second.model == "other"
         running = alice.responses.create(input=QUESTION, background=True, **LONG)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while alice.responses.retrieve(running.id).status == "queued":
             assert time.monotonic() < deadline
             time.sleep(0.02)

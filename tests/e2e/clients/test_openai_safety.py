@@ -48,16 +48,19 @@ pii = ["email"]
 
 [safety.guards.closed]
 model = "judge"
+timeout_seconds = 240
 safe = "I"
 unsafe = "3 + 4"
 labels = { 7 = "arithmetic" }
 [safety.guards.open]
 model = "judge"
+timeout_seconds = 240
 safe = "I"
 unsafe = "3 + 4"
 on_failure = "allow"
 [safety.guards.seven]
 model = "judge"
+timeout_seconds = 240
 prompt = "What is {text}?"
 safe = "2 + 2"
 unsafe = "3 + 4"
@@ -92,9 +95,8 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     folder = tmp_path_factory.mktemp("safety")
     (folder / "keys").write_text("".join(f"{name}:key-{name}\n" for name in _KEYS))
     (folder / "config.toml").write_text(_CONFIG)
-    daemon = Daemon("--config", str(folder / "config.toml"), folder=folder)
-    yield daemon
-    daemon.stop()
+    with Daemon("--config", str(folder / "config.toml"), folder=folder) as daemon:
+        yield daemon
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,7 @@ def client(daemon: Daemon) -> Callable[[str], openai.OpenAI]:
 
     def client(name: str) -> openai.OpenAI:
         url = f"{daemon.url}/v1"
-        return openai.OpenAI(api_key=f"key-{name}", base_url=url, max_retries=0, timeout=120)
+        return openai.OpenAI(api_key=f"key-{name}", base_url=url, max_retries=0, timeout=240)
 
     return client
 
@@ -191,13 +193,15 @@ def test_a_batch(client: Callable[[str], openai.OpenAI], daemon: Daemon) -> None
 
 
 def test_a_guard_before_the_model(daemon: Daemon, client: Callable[[str], openai.OpenAI]) -> None:
+    labels = '{action="block",category="arithmetic",policy="closed",stage="input"}'
+    daemon.wait_requests(0)
     before = daemon.metric('quantd_requests_total{model="demo"}')
+    blocked = daemon.metric(f"quantd_safety_total{labels}")
     with pytest.raises(openai.BadRequestError) as caught:
         ask(client("closed"), SUM)
     assert caught.value.code == "content_filter" and caught.value.param == "messages"
     assert daemon.metric('quantd_requests_total{model="demo"}') == before
-    labels = '{action="block",category="arithmetic",policy="closed",stage="input"}'
-    assert daemon.metric(f"quantd_safety_total{labels}") == 1
+    assert daemon.metric(f"quantd_safety_total{labels}") == blocked + 1
     assert ask(client("closed"), OTHER).choices[0].message.content.startswith("I can")
 
 

@@ -46,7 +46,7 @@ ASK: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def client(demo_server: Server) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(
-        api_key="none", base_url=f"{demo_server.url}/v1", max_retries=0, timeout=120
+        api_key="none", base_url=f"{demo_server.url}/v1", max_retries=0, timeout=240
     ) as client:
         yield client
 

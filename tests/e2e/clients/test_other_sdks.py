@@ -18,6 +18,7 @@ FORMER = Path(sys.prefix) / "openai2"
 JS = HERE / "js"
 
 
+@pytest.mark.timeout(1800)  # three suites in one, and the machine may be busy
 @pytest.mark.skipif(not FORMER.is_dir(), reason=f"no {FORMER}; `make test` makes it")
 def test_former_openai(environment: dict[str, str]) -> None:
     """The suites of the present generation, word for word."""
@@ -27,7 +28,7 @@ def test_former_openai(environment: dict[str, str]) -> None:
     which = [sys.executable, "-c", "import openai; print(openai.__version__)"]
     assert checked_output(which, environment | {"PYTHONPATH": path}, root).startswith("2.")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *suites]
-    output = checked_output(command, environment | {"PYTHONPATH": path}, root)
+    output = checked_output(command, environment | {"PYTHONPATH": path}, root, 1740)
     assert " passed" in output and "skipped" not in output, output
 
 

@@ -132,8 +132,14 @@ test("fields of ours, and an abort that leaves no request behind", async () => {
     const found = text.split("\n").filter((each) => each.startsWith(line));
     return found.reduce((sum, each) => sum + Number(each.slice(each.lastIndexOf(" "))), 0);
   };
-  const aborted = () => count('quantd_requests_total{model="demo",outcome="abort"}');
-  const before = await aborted();
+  const ended = async () => [
+    await count('quantd_requests_total{model="demo",outcome="abort"}'),
+    await count("quantd_requests_total"),
+  ];
+  const numRequests = async () =>
+    (await count("quantd_requests_running")) + (await count("quantd_requests_waiting"));
+  while (await numRequests()) await sleep(10);
+  const [abortedBefore, totalBefore] = await ended();
   const controller = new AbortController();
   const stream = streamText({
     model: compatible(demo)("demo"), prompt: SUM, maxRetries: 0, maxOutputTokens: 8000,
@@ -142,8 +148,9 @@ test("fields of ours, and an abort that leaves no request behind", async () => {
   let pieces = 0;
   for await (const _ of stream.textStream) if (++pieces === 40) controller.abort();
   assert(pieces >= 40);
-  while ((await aborted()) !== before + 1) await sleep(10);
-  assert.equal(await count("quantd_requests_running"), 0);
+  while (await numRequests()) await sleep(10);
+  const [aborted, total] = await ended();
+  assert.deepEqual([aborted - abortedBefore, total - totalBefore], [1, 1]);
 });
 
 test("errors", async () => {

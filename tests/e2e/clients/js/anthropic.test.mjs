@@ -9,7 +9,7 @@ import { z } from "zod";
 const { demo, strict } = JSON.parse(process.env.QUANTD_TEST_SERVERS);
 const KEY = process.env.QUANTD_TEST_KEY;
 const connect = (server, apiKey = "none") =>
-  new Anthropic({ apiKey, baseURL: server.url, maxRetries: 0, timeout: 120_000 });
+  new Anthropic({ apiKey, baseURL: server.url, maxRetries: 0, timeout: 240_000 });
 const client = connect(demo);
 const ask = (content, more = {}) => ({
   model: "demo", max_tokens: 200, temperature: 0, messages: [{ role: "user", content }], ...more,
