@@ -103,7 +103,7 @@ class Steps:
 
     def settle(self) -> None:
         """Until every result is there."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while self.runner.is_under_way:
             self.runner.poll(self.results.append)
             if ON_CPU:

@@ -96,7 +96,7 @@ torch.set_num_threads(3)
 
 def _run(script: str, before: Callable[[], None] | None = None) -> None:
     command = [sys.executable, "-c", _SCRIPT + script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=before)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540, preexec_fn=before)
     assert done.returncode == 0, done.stderr
 
 
@@ -172,7 +172,7 @@ def _compiled(folder: Path, *flags: str) -> Path:
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_stress(tmp_path: Path, sanitizer: str) -> None:
     program = _compiled(tmp_path, f"-fsanitize={sanitizer}")
-    done = subprocess.run([program, "3000"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([program, "3000"], capture_output=True, text=True, timeout=540)
     if "unexpected memory mapping" in done.stderr:
         pytest.skip("ThreadSanitizer does not run on this kernel")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -154,10 +154,11 @@ def test_timing_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", _Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: said.append("sleep"), raising=False)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: said.append("synchronize"))
+    monkeypatch.setattr(gpu_clock, "_BUDGET", 1e9)  # else a run that was held up is repeated less
     clock = gpu_clock.Clock(CPU, 5)
     clock._is_gpu, clock._flushed = True, torch.ones(4, dtype=torch.int8)
     took = clock.time(lambda: said.append("run"))
-    assert 0 <= took.seconds < 1 and 0 <= took.launch <= took.seconds
+    assert 0 <= took.seconds < 600 and 0 <= took.launch <= took.seconds
     assert said == [
         "run",
         "synchronize",

@@ -181,7 +181,7 @@ class Disk:
         runner.open_disk(self.sent.append)
 
     def wait(self, count: int) -> list[DiskDone | DiskIndex]:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 240
         while len(self.sent) < count:
             assert time.monotonic() < deadline
             time.sleep(0.002)

@@ -117,7 +117,7 @@ async def test_a_bad_one_is_refused_before_a_model_is_loaded(
     fleet = FakeFleet()
     fleet.open.clear()  # a lease would wait for ever
     async with serving(fleet=fleet) as served:
-        error = await asyncio.wait_for(served.error(CHAT, {**HELLO, **fields}), 30)
+        error = await asyncio.wait_for(served.error(CHAT, {**HELLO, **fields}), 240)
         assert error["param"] == param
         assert word in error["message"]
 

@@ -721,7 +721,7 @@ async def test_a_guard_that_takes_too_long() -> None:
         says(served, "ok", lambda text: None)
         status, reply = await served.post(CHAT, ask())
         assert status == 503 and "no answer within 0.1 s" in reply["error"]["message"]
-        assert served.engine.aborted
+        assert served.engine.aborted == [request.id for request in served.engine.requests]
 
 
 async def test_a_guard_that_cannot_be_loaded() -> None:
