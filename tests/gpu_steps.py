@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from gpu_harness import DEVICE, ON_CPU
 from numerics.tiny import VOCAB
@@ -25,8 +26,8 @@ from quantd.daemon.types import (
     StepResult,
     TokenLogprob,
 )
+from quantd.daemon.worker import load
 from quantd.daemon.worker.gpu.runner import GpuRunner
-from quantd.daemon.worker.load import load_model
 from quantd.daemon.worker.pooled_runner import open_runner
 
 NAME = "cpu" if ON_CPU else "cuda:0"
@@ -34,17 +35,21 @@ GREEDY = SamplingParams(max_tokens=400, temperature=0.0, logprobs=VOCAB, prompt_
 WARM = SamplingParams(max_tokens=400, temperature=1.0, seed=7, logprobs=VOCAB)
 
 
-def _open(load: LoadModel) -> Any:
-    runner = open_runner(load, lambda progress: None)
-    assert isinstance(runner, GpuRunner) == (load.device != "cpu")
+def _open(frame: LoadModel) -> Any:
+    runner = open_runner(frame, lambda progress: None)
+    assert isinstance(runner, GpuRunner) == (frame.device != "cpu")
     return runner
 
 
-def _on_a_cpu(load: LoadModel) -> GpuRunner:
+def _on_a_cpu(frame: LoadModel) -> GpuRunner:
+    """With pools as on a CUDA device: blocks that no plan has named cannot be touched."""
+    from numerics.fake_driver import FakeLibrary, allocate
     from numerics.fake_queue import FakeQueue
 
-    model = load_model(load, lambda progress: None)
-    return GpuRunner(model, load, FakeQueue(seed=1, eagerness=0.1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "allocate", allocate(FakeLibrary()))
+        model = load.load_model(frame, lambda progress: None)
+    return GpuRunner(model, frame, FakeQueue(seed=1, eagerness=0.1))
 
 
 @dataclass
@@ -189,7 +194,7 @@ def row_of(entry: TokenLogprob) -> Tensor:
 def poison(steps: Steps, blocks: Sequence[int]) -> None:
     """Fills free blocks with NaN in every layer, behind all that is under way."""
     at = torch.tensor(list(blocks), device=DEVICE)
-    steps.pools.ensure_blocks(blocks)
+    steps.pools.ensure_blocks(b for b in blocks if b != steps.pools.waste_block)
 
     def work() -> None:
         for pool in (*steps.pools.keys, *steps.pools.values):

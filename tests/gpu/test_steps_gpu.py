@@ -98,6 +98,18 @@ def test_a_long_prompt(folders: dict[str, Path]) -> None:
     assert one.tokens == two.tokens and len(one.rows) == 5
 
 
+def test_no_block_near_the_first_one(folders: dict[str, Path]) -> None:
+    """The pools' first addresses have no memory of their own then."""
+    steps = Steps(folders["packed"], load_format="dummy", kv_bytes=sized(64 << 20, 1 << 22))
+    count = steps.runner.info.num_blocks
+    (far,) = steps.run([PROMPT], 4, blocks=range(count - 20, count))
+    (near,) = steps.run([PROMPT], 4, blocks=range(20))
+    assert near.same(far)
+    steps.runner.release_memory([(0, 20)])
+    (again,) = steps.run([PROMPT], 4, blocks=range(count - 20, count))
+    assert again.same(far)
+
+
 # --- the prefix cache ---------------------------------------------------------------------------
 
 

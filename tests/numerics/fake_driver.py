@@ -15,7 +15,13 @@ from ctypes import CFUNCTYPE, c_int
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from quantd.daemon.types import BLOCK_TOKENS
 from quantd.daemon.worker.gpu.driver import PROTOTYPES, AccessDesc, AllocationProp, Driver
+from quantd.daemon.worker.gpu.reserved import ReservedPools
+from quantd.daemon.worker.memory import KvPools, block_bytes
+from quantd.daemon.worker.models.config import ModelConfig
 
 GRANULARITY = 1 << 16
 OK, INVALID, OUT_OF_MEMORY, NOT_SUPPORTED = 0, 1, 2, 801
@@ -193,6 +199,23 @@ class FakeLibrary:
             if not memory.handles and not memory.mappings:
                 os.close(memory.file)
                 del self.memories[handle]
+
+
+def allocate(
+    library: FakeLibrary,
+) -> Callable[[ModelConfig, torch.dtype, torch.device, int], KvPools]:
+    """In the place of `memory.allocate`: pools as on a CUDA device, over the library's memory."""
+
+    def reserved(
+        config: ModelConfig, dtype: torch.dtype, device: torch.device, blocks: int
+    ) -> KvPools:
+        layers = len(config.layers)
+        shape = (config.num_kv_heads, BLOCK_TOKENS, config.head_dim)
+        pools = ReservedPools(library.driver(), device, 2 * layers, blocks, shape, dtype)
+        keys, values = pools.tensors[:layers], pools.tensors[layers:]
+        return KvPools(keys, values, blocks, block_bytes(config, dtype), (), pools)
+
+    return reserved
 
 
 def is_accessible(address: int, size: int) -> bool:
