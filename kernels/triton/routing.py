@@ -11,6 +11,12 @@ import triton.language as tl
 from quantd.kernels.triton import tuned
 from quantd.kernels.triton.variant import Variant
 
+_PLAN_CHUNK = 1024
+"""Pairs that a program looks at at once."""
+_LEAST_BINS = 32
+_EVEN = 4
+"""Numbers of 32 bits in 16 bytes: Triton compiles again for a pointer that is no multiple of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertRows:
@@ -109,32 +115,86 @@ def route_experts(
     return weights, ids
 
 
+@triton.jit(do_not_specialize=["pairs", "tiles"])
+def _plan_kernel(
+    ids,  # int64 [pairs]
+    order,
+    places,
+    tile_expert,
+    tile_start,
+    tile_stop,
+    pairs,
+    tiles,
+    experts,
+    top_k,
+    TILE: tl.constexpr,
+    EXPERTS: tl.constexpr,  # a power of two, at least as many
+    CHUNK: tl.constexpr,
+):
+    """Program e: the pairs of expert e, and its tiles; the one behind the last expert: the tiles
+    too many. Each counts for itself how many pairs the experts before it have: programs share
+    nothing that is written."""
+    mine = tl.program_id(0)
+    lane = tl.arange(0, CHUNK)
+    counts = tl.zeros((EXPERTS,), dtype=tl.int32)
+    for start in range(0, pairs, CHUNK):
+        inside = start + lane < pairs
+        chosen = tl.load(ids + start + lane, mask=inside, other=0).to(tl.int32)
+        counts += tl.histogram(chosen, EXPERTS, mask=inside)
+    expert = tl.arange(0, EXPERTS)
+    full = (counts + (TILE - 1)) // TILE
+    place = tl.sum(tl.where(expert < mine, counts, 0), 0)
+    tile = tl.sum(tl.where(expert < mine, full, 0), 0)
+    count = tl.sum(tl.where(expert == mine, counts, 0), 0)
+    last_tile = tl.where(mine == experts, tiles, tile + tl.cdiv(count, TILE))
+    for start in range(tile, last_tile, CHUNK):
+        at = start + lane
+        inside = at < last_tile
+        tl.store(tile_expert + at, tl.zeros((CHUNK,), tl.int32) + mine, mask=inside)
+        tl.store(tile_start + at, place + (at - tile) * TILE, mask=inside)
+        tl.store(tile_stop + at, tl.zeros((CHUNK,), tl.int32) + place + count, mask=inside)
+    if count > 0:
+        for start in range(0, pairs, CHUNK):
+            at = start + lane
+            chosen = tl.load(ids + at, mask=at < pairs, other=-1).to(tl.int32)
+            equal = chosen == mine
+            here = place + tl.cumsum(equal.to(tl.int32), 0) - 1
+            tl.store(order + here, at.to(tl.int64), mask=equal)
+            # Among the pairs of its row, how many come before it.
+            first = at - at % top_k
+            column = tl.zeros((CHUNK,), dtype=tl.int32)
+            for i in range(top_k):
+                other = tl.load(ids + first + i, mask=equal, other=0).to(tl.int32)
+                column += ((other < mine) | ((other == mine) & (first + i < at))).to(tl.int32)
+            tl.store(places + first + column, here.to(tl.int64), mask=equal)
+            place += tl.sum(equal.to(tl.int32), 0)
+
+
 def plan_rows(ids: torch.Tensor, num_experts: int) -> ExpertRows:
     """Of ids int64 [T, top_k], T > 0, each below num_experts. Reads nothing back from the GPU."""
     (rows, top_k), device = ids.shape, ids.device
     pairs = rows * top_k
     tile = tuned.rows_of_tile(pairs, num_experts)
-    flat = ids.flatten()
-    order = flat.sort(stable=True).indices
-    places = torch.empty_like(order).scatter_(0, order, torch.arange(pairs, device=device))
-    counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
-    counts.scatter_add_(0, flat, torch.ones_like(flat))
-    tiles = (counts + tile - 1) // tile
-    last_tile, last_row = tiles.cumsum(0), counts.cumsum(0)
     most = pairs // tile + min(num_experts, pairs)
-    number = torch.arange(most, device=device)
-    expert = torch.searchsorted(last_tile, number, right=True)
-    there = expert.clamp(max=num_experts - 1)
-    start = last_row[there] - counts[there] + (number - last_tile[there] + tiles[there]) * tile
-    return ExpertRows(
+    order = torch.empty(pairs, dtype=torch.int64, device=device)
+    places = torch.empty(rows, top_k, dtype=torch.int64, device=device)
+    expert, start, stop = torch.empty(3, most + -most % _EVEN, dtype=torch.int32, device=device)
+    tiles = (expert[:most], start[:most], stop[:most])
+    _plan_kernel[(num_experts + 1,)](
+        ids.contiguous(),
         order,
-        places.view(rows, top_k).sort(dim=1).values,
-        expert.int(),
-        start.int(),
-        last_row[there].int(),
-        tile,
+        places,
+        *tiles,
+        pairs,
+        most,
+        num_experts,
         top_k,
+        TILE=tile,
+        EXPERTS=max(_LEAST_BINS, triton.next_power_of_2(num_experts)),
+        CHUNK=_PLAN_CHUNK,
+        num_warps=4,
     )
+    return ExpertRows(order, places, *tiles, tile, top_k)
 
 
 VARIANTS = (
@@ -146,5 +206,17 @@ VARIANTS = (
         {"SOFTMAX_BEFORE": True, "RENORMALIZE": True, "EXPERTS": 128, "TOP_K": 8},
         num_warps=1,
         aligned=("logits", "weights", "ids", "experts"),
+    ),
+    *(
+        Variant(
+            f"plan experts' rows, tiles of {tile}",
+            _plan_kernel,
+            dict.fromkeys(("ids", "order", "places"), "*i64")
+            | dict.fromkeys(("tile_expert", "tile_start", "tile_stop"), "*i32")
+            | dict.fromkeys(("pairs", "tiles", "experts", "top_k"), "i32"),
+            {"TILE": tile, "EXPERTS": experts, "CHUNK": _PLAN_CHUNK},
+            aligned=("ids", "order", "places", "tile_expert", "tile_start", "tile_stop"),
+        )
+        for tile, experts in ((16, 128), (64, _LEAST_BINS), (16, 1024))
     ),
 )

@@ -80,6 +80,29 @@ def test_a_plan_has_every_pair_once_with_its_own_expert(data: st.DataObject) -> 
         assert flat[pairs].tolist() == sorted(ids[row].tolist())
 
 
+@pytest.mark.parametrize(
+    ("rows", "top_k", "num_experts"),
+    [(1, 1, 1), (1, 8, 128), (3, 2, 200), (130, 8, 128), (512, 2, 8), (700, 3, 60), (1030, 1, 2)],
+)
+def test_a_plan_is_a_stable_sort(rows: int, top_k: int, num_experts: int) -> None:
+    """Also of more pairs than are looked at at once, and where some expert has none."""
+    ids = torch.rand(rows, num_experts).argsort(1)[:, :top_k]
+    ids[ids == num_experts // 2] = 0
+    plan = routing.plan_rows(ids, num_experts)
+    flat = ids.flatten()
+    order = flat.sort(stable=True).indices
+    assert torch.equal(plan.order, order)
+    assert torch.equal(plan.places, order.argsort().view(rows, top_k).sort(1).values)
+    counts = flat.bincount(minlength=num_experts).tolist()
+    want, place = [], 0
+    for expert, count in enumerate(counts):
+        want += [(expert, place + i, place + count) for i in range(0, count, plan.tile)]
+        place += count
+    got = list(zip(*(t.tolist() for t in (plan.expert, plan.start, plan.stop)), strict=True))
+    assert got[: len(want)] == want
+    assert {expert for expert, *_ in got[len(want) :]} <= {num_experts}, "tiles too many"
+
+
 def packed(bits: int, group: int, kind: str, rows: int, columns: int) -> PackedPart:
     groups = -(-columns // group)
     codes = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.uint8)
