@@ -15,7 +15,7 @@ _PLAN_CHUNK = 1024
 """Pairs that a program looks at at once."""
 _LEAST_BINS = 32
 _EVEN = 4
-"""Numbers of 32 bits in 16 bytes: Triton compiles again for a pointer that is no multiple of them."""
+"""Numbers of 32 bits in 16 bytes: Triton compiles again for a pointer that is no multiple."""
 
 
 @dataclass(frozen=True, slots=True)
