@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from fakes import StepLoop, make_request, model_info
+from msgspec.structs import replace
 
 from quantd.daemon.config import SchedulerSettings
 from quantd.daemon.errors import ContextLengthExceeded, QueueFull, RequestError
@@ -40,6 +41,8 @@ def test_over_the_context(prompt: int, completion: int, param: str) -> None:
         "This model's maximum context length is 100 tokens. However, you requested "
         f"{prompt + completion} tokens ({prompt} in the prompt, {completion} in the completion). "
     )
+    what = "prompt" if prompt >= 100 else "prompt or completion"
+    assert caught.value.message.endswith(f" Please reduce the length of the {what}.")
     assert caught.value.param == param
     assert caught.value.error_code == "context_length_exceeded"
 
@@ -76,6 +79,34 @@ def test_the_usable_context_is_admitted_and_one_more_is_not() -> None:
     with pytest.raises(RequestError):
         check(10, usable - 9, num_blocks=4, max_context=1000)
     assert admission.usable_context(model_info(num_blocks=64, max_context=100)) == 100
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "max_blocks", "share", "usable"),
+    [
+        (10, 0, 0.0, 161),
+        (10, 50, 0.0, 161),  # more can be given to it later
+        (10, 50, 0.5, (4 + 2 * 6) * 16 + 1),
+        (10, 12, 0.5, 12 * 16 + 1),
+        (10, 50, 1.0, 50 * 16 + 1),
+        (3, 50, 1.0, 3 * 16 + 1),
+        (10, 100, 1.0, 1000),
+    ],
+)
+def test_the_usable_context_with_sliding_windows(
+    num_blocks: int, max_blocks: int, share: float, usable: int
+) -> None:
+    """Behind a window of two blocks, and two more, a block costs what is not trimmed of it; but
+    there are no more ids of blocks than `max_blocks`."""
+    info = replace(
+        model_info(num_blocks=num_blocks, max_context=1000),
+        max_blocks=max_blocks,
+        window=32,
+        window_share=share,
+    )
+    assert admission.usable_context(info) == usable
+    request = make_request([1], max_tokens=usable - 1)
+    admission.check_pool(request, info)
 
 
 def full_queue() -> StepLoop:

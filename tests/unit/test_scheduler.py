@@ -7,7 +7,7 @@ from fakes import StepLoop, expected_output
 
 from quantd.daemon.config import SchedulerSettings
 from quantd.daemon.scheduler.sequence import Phase
-from quantd.daemon.types import BLOCK_TOKENS, Chunk, SamplingParams
+from quantd.daemon.types import BLOCK_TOKENS, Chunk, Sampled, SamplingParams, StepResult
 
 
 def settings(**fields: object) -> SchedulerSettings:
@@ -242,6 +242,17 @@ def test_an_error_ends_only_its_own_sequence() -> None:
     assert (update.error, update.tokens) == ("logits are not finite", ())
     assert loop.pool.num_used == 0
     loop.check_outputs()
+
+
+@pytest.mark.parametrize(("is_excluded", "reason"), [(False, "error"), (True, "excluded")])
+def test_an_error_says_whose_fault_it_is(is_excluded: bool, reason: str) -> None:
+    loop = StepLoop()
+    seq = loop.add(10)
+    plan = loop.scheduler.plan(0.0)
+    assert plan is not None
+    sampled = Sampled(seq.id, 0, error="nothing is left", is_excluded=is_excluded)
+    (update,) = loop.scheduler.commit(plan, StepResult(plan.step, (sampled,)), 0.0)
+    assert (update.finish_reason, update.error) == (reason, "nothing is left")
 
 
 # --- aborts and drops -----------------------------------------------------------------------------

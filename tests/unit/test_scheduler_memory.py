@@ -50,6 +50,7 @@ def test_a_preempted_sequence_comes_back_with_its_output() -> None:
     assert kept > 0
     assert (younger.phase, younger.blocks, younger.num_computed_tokens) == (Phase.WAITING, [], 0)
     assert younger.id in loop.plans[-1].drop
+    assert younger.num_known_blocks == 3
     loop.run()
     back = [new for plan in loop.plans for new in plan.add if new.seq == younger.id]
     assert [len(new.tokens) for new in back] == [16, 16 + kept]

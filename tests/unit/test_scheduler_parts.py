@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 from fakes import make_request
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from quantd.daemon.config import SchedulerSettings
+from quantd.daemon.scheduler.deadlines import Deadlines, is_hopeless, why_hopeless
 from quantd.daemon.scheduler.pace import StartPace
 from quantd.daemon.scheduler.policy import Fcfs, make_policy
 from quantd.daemon.scheduler.predict import WINDOW, OutputPredictor
@@ -133,6 +135,51 @@ def test_removed_sequences_do_not_pile_up() -> None:
     assert len(queue._by_due_time._heap) < 50
     assert len(queue._by_caller[""]._heap) < 50
     assert queue.first() is stays
+
+
+# --- deadlines ------------------------------------------------------------------------------------
+
+
+def timed(seq_id: int, deadline: float | None, num_prompt_tokens: int = 1) -> Sequence:
+    return Sequence(seq_id, make_request([1] * num_prompt_tokens, deadline=deadline))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_is_due_once_and_in_time(seed: int) -> None:
+    """Against a dictionary, with many that come and go, so that the heap is swept."""
+    rng = random.Random(seed)
+    deadlines, live = Deadlines(), dict[int, Sequence]()
+    for now in range(2000):
+        for i in range(3):
+            deadline = float(now + rng.randint(1, 300)) if rng.random() < 0.8 else None
+            seq = timed(3 * now + i, deadline)
+            deadlines.add(seq)
+            live[seq.id] = seq
+        for seq in rng.sample(list(live.values()), rng.randint(0, min(4, len(live)))):
+            deadlines.remove(seq)
+            del live[seq.id]
+        due = deadlines.due(now)
+        over = {i for i, seq in live.items() if (seq.request.deadline or math.inf) <= now}
+        assert len(due) == len(over) and {seq.id for seq in due} == over
+        for seq in due:
+            deadlines.remove(seq)
+            del live[seq.id]
+
+
+@pytest.mark.parametrize(
+    ("num_known_blocks", "now", "is_late"),
+    [(0, 0.0, False), (0, 0.5, True), (2, 2.0, False), (2, 2.5, True), (6, 6.0, False)],
+)
+def test_what_is_hopeless(num_known_blocks: int, now: float, is_late: bool) -> None:
+    """A hundred tokens of 0.0625 s each, until 6.25."""
+    seq = timed(0, 6.25, 100)
+    assert is_hopeless(seq, num_known_blocks, now, 0.0625) is is_late
+    assert not is_hopeless(seq, num_known_blocks, now, None)
+    assert not is_hopeless(timed(0, None, 100), num_known_blocks, now, 0.0625)
+    assert why_hopeless(seq) == (
+        "the timeout of 6.25 s cannot be met: at the present speed the 100 tokens of the prompt "
+        "take longer than what is left of it"
+    )
 
 
 # --- predicted work -------------------------------------------------------------------------------
