@@ -177,6 +177,11 @@ def sampling_rows(count: int, device: torch.device) -> SamplingRows:
         edit_bias=none,
         edit_count=none,
         edit_flags=none.int(),
+        seen=torch.zeros(0, 1, dtype=torch.int32, device=device),
+        seen_row=of(-1, torch.int32),
+        seen_new=torch.zeros(count, dtype=torch.int32, device=device),
+        seen_start=torch.zeros(count + 1, dtype=torch.int32, device=device),
+        seen_token=none.int(),
     )
 
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 
 MASKED = 1
-SEEN = 2
-"""Flags of an edit: the token may not be chosen; it is in the prompt or the output."""
+"""Flag of an edit: the token may not be chosen."""
 
 NOT_FINITE = -1
 ALL_MASKED = -2
@@ -16,7 +15,7 @@ ALL_MASKED = -2
 @dataclass(frozen=True, slots=True)
 class SamplingRows:
     """What is done to each of n rows of logits, in the order of `reference/sampling.py`. All
-    tensors contiguous and on the device of the logits; nothing here is mutated by an operation."""
+    tensors contiguous and on the device of the logits; `seen` alone is mutated by an operation."""
 
     seed: torch.Tensor
     """int64 [n]."""
@@ -50,4 +49,16 @@ class SamplingRows:
     edit_count: torch.Tensor
     """fp32 [edits]: how often the token was put out."""
     edit_flags: torch.Tensor
-    """int32 [edits]: of MASKED and SEEN."""
+    """int32 [edits]: MASKED or 0."""
+    seen: torch.Tensor
+    """int32 [rows of its own, ceil(V / 32)], kept from step to step: bit i % 32 of word i // 32 is
+    set where token i is in the prompt or the output. What is new is added before a row is sampled;
+    to do it twice does no harm."""
+    seen_row: torch.Tensor
+    """int32 [n]: the row of `seen` that is its own; negative: it has none."""
+    seen_new: torch.Tensor
+    """int32 [n]: not 0 where its row of `seen` is somebody else's still, and is cleared first."""
+    seen_start: torch.Tensor
+    """int32 [n + 1]: what is new of row r is [seen_start[r], seen_start[r + 1])."""
+    seen_token: torch.Tensor
+    """int32 [new tokens], below V; may repeat."""

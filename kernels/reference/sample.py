@@ -5,13 +5,15 @@ import math
 import torch
 
 from quantd.kernels.reference import sampling
-from quantd.kernels.sampling import ALL_MASKED, MASKED, NOT_FINITE, SEEN, SamplingRows
+from quantd.kernels.sampling import ALL_MASKED, MASKED, NOT_FINITE, SamplingRows
 
 
 def sample_rows(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:
     """logits [n, V] of any floating dtype, a view or not, not changed -> (tokens int64 [n],
     highest fp32 [n]): a token's id, NOT_FINITE or ALL_MASKED, and the highest logit of the row as
-    it came, NaN where there is one."""
+    it came, NaN where there is one. What is new is added to `rows.seen`."""
+    for r in range(len(logits)):
+        _see(rows, r)
     highest = logits.float().amax(-1)
     tokens = [_sample(logits[r].float().clone(), rows, r) for r in range(len(logits))]
     return torch.tensor(tokens, dtype=torch.int64, device=logits.device), highest
@@ -34,6 +36,30 @@ def _sample(row: torch.Tensor, rows: SamplingRows, r: int) -> int:
     return int(kept[sampling.choose(row[kept][None], uniform)])
 
 
+def _see(rows: SamplingRows, r: int) -> None:
+    """Adds what is new of a row."""
+    place = int(rows.seen_row[r])
+    if place < 0:
+        return
+    if int(rows.seen_new[r]):
+        rows.seen[place] = 0
+    start, stop = int(rows.seen_start[r]), int(rows.seen_start[r + 1])
+    words = rows.seen.shape[1]
+    bits = torch.zeros(words * 32, dtype=torch.int64, device=rows.seen.device)
+    bits[rows.seen_token[start:stop].long()] = 1
+    shifts = torch.arange(32, device=rows.seen.device)
+    rows.seen[place] |= (bits.view(words, 32) << shifts).sum(1).to(torch.int32)
+
+
+def _seen(rows: SamplingRows, r: int, vocabulary: int) -> torch.Tensor:
+    """The ids of a row's tokens."""
+    token = torch.arange(vocabulary, device=rows.seen.device)
+    place = int(rows.seen_row[r])
+    if place < 0:
+        return token[:0]
+    return token[(rows.seen[place][token // 32] >> (token % 32) & 1) != 0]
+
+
 def _edit(row: torch.Tensor, rows: SamplingRows, r: int) -> None:
     """Masks, bias and penalties; in place."""
     mask_row = int(rows.mask_row[r])
@@ -46,7 +72,8 @@ def _edit(row: torch.Tensor, rows: SamplingRows, r: int) -> None:
     counts = rows.edit_count[start:stop]
     sampling.mask_tokens(row, ids[flags & MASKED != 0])
     sampling.add_bias(row, ids, rows.edit_bias[start:stop])
-    sampling.apply_repetition_penalty(row, ids[flags & SEEN != 0], float(rows.repetition[r]))
+    seen = _seen(rows, r, len(row))
+    sampling.apply_repetition_penalty(row, seen, float(rows.repetition[r]))
     sampling.apply_output_penalties(
         row,
         ids[counts > 0],

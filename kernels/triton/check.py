@@ -94,7 +94,12 @@ def _sampling(g: torch.Generator, dtype: torch.dtype) -> Iterable[tuple[Any, ...
         edit_token=torch.arange(2 * count).int(),
         edit_bias=torch.ones(2 * count),
         edit_count=torch.arange(2 * count).remainder(3).float(),
-        edit_flags=torch.arange(2 * count).remainder(4).int(),
+        edit_flags=torch.arange(2 * count).remainder(2).int(),
+        seen=torch.full((count, 4), -1).int(),
+        seen_row=torch.tensor([3, 0, 5, -1, 1, 4]).int(),
+        seen_new=torch.tensor([1, 1, 0, 0, 1, 1]).int(),
+        seen_start=edits.int(),
+        seen_token=(torch.arange(2 * count) * 7).int(),
     )
     yield compare.random(g, dtype, count, vocabulary) * 4, rows
 

@@ -24,7 +24,6 @@ _WARPS = 8
 _NOT_FINITE = tl.constexpr(sampling.NOT_FINITE)
 _ALL_MASKED = tl.constexpr(sampling.ALL_MASKED)
 _MASKED = tl.constexpr(sampling.MASKED)
-_SEEN = tl.constexpr(sampling.SEEN)
 
 _INFINITE_RANK = tl.constexpr(0x7F800000)
 """Of a masked token."""
@@ -80,19 +79,55 @@ def _highest(row, vocabulary, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _copy_masked(logits, work, mask, is_masked, vocabulary, CHUNK: tl.constexpr):
+def _see(seen, is_new, tokens, first, stop, words, CHUNK: tl.constexpr):
+    """Sets the bits of new tokens in a row of `seen`. Several may lie in one word."""
+    if is_new:
+        for start in range(0, words, CHUNK):
+            at = start + tl.arange(0, CHUNK)
+            tl.store(seen + at, tl.zeros([CHUNK], tl.int32), mask=at < words)
+        tl.debug_barrier()
+    for start in range(first, stop, CHUNK):
+        at = start + tl.arange(0, CHUNK)
+        token = tl.load(tokens + at, mask=at < stop, other=0)
+        bit = tl.full([CHUNK], 1, tl.int32) << (token % 32)
+        tl.atomic_or(seen + token // 32, bit, mask=at < stop)
+
+
+@triton.jit
+def _bit(words, is_there, token, inside, other: tl.constexpr):
+    """Whether the bit of a token is set; `other` where there are no words."""
+    word = tl.load(words + token // 32, mask=inside & is_there, other=other)
+    return ((word >> (token % 32)) & 1) != 0
+
+
+@triton.jit
+def _penalized(value, is_seen, repetition):
+    worse = tl.where(value > 0, tl.div_rn(value, repetition), value * repetition)
+    return tl.where(is_seen, worse, value)
+
+
+@triton.jit
+def _copy_edited(
+    logits, work, mask, is_masked, seen, has_seen, repetition, vocabulary, CHUNK: tl.constexpr
+):
+    """What holds of all tokens: the mask and the penalty of those that were seen."""
     for start in range(0, vocabulary, CHUNK):
         at = start + tl.arange(0, CHUNK)
         inside = at < vocabulary
         value = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
-        word = tl.load(mask + at // 32, mask=inside & is_masked, other=-1)
-        value = tl.where(((word >> (at % 32)) & 1) != 0, value, float("-inf"))
+        value = tl.where(_bit(mask, is_masked, at, inside, -1), value, float("-inf"))
+        value = _penalized(value, _bit(seen, has_seen, at, inside, 0), repetition)
         tl.store(work + at, value, mask=inside)
 
 
 @triton.jit
 def _edit(
+    logits,
     work,
+    mask,
+    is_masked,
+    seen,
+    has_seen,
     first,
     stop,
     tokens,
@@ -104,17 +139,18 @@ def _edit(
     presence,
     CHUNK: tl.constexpr,
 ):
+    """The tokens that have more than that, from their logits on: a bias comes before a penalty."""
     for start in range(first, stop, CHUNK):
         at = start + tl.arange(0, CHUNK)
         inside = at < stop
         token = tl.load(tokens + at, mask=inside, other=0)
         flag = tl.load(flags + at, mask=inside, other=0)
         count = tl.load(counts + at, mask=inside, other=0.0)
-        value = tl.load(work + token, mask=inside, other=0.0)
+        value = tl.load(logits + token, mask=inside, other=0.0).to(tl.float32)
+        value = tl.where(_bit(mask, is_masked, token, inside, -1), value, float("-inf"))
         value = tl.where((flag & _MASKED) != 0, float("-inf"), value)
         value += tl.load(biases + at, mask=inside, other=0.0)
-        penalized = tl.where(value > 0, tl.div_rn(value, repetition), value * repetition)
-        value = tl.where((flag & _SEEN) != 0, penalized, value)
+        value = _penalized(value, _bit(seen, has_seen, token, inside, 0), repetition)
         value = tl.where(count > 0, value - frequency * count - presence, value)
         tl.store(work + token, value, mask=inside)
 
@@ -211,7 +247,7 @@ def _choose(work, vocabulary, most, last, target, CHUNK: tl.constexpr):
     return tl.where(found < vocabulary, found, likely)
 
 
-@triton.jit(do_not_specialize=["mask_words"])
+@triton.jit(do_not_specialize=["mask_words", "seen_words"])
 def sample_kernel(
     logits,  # [n, vocabulary], rows row_stride apart
     seeds,
@@ -230,16 +266,28 @@ def sample_kernel(
     edit_bias,
     edit_count,
     edit_flags,
+    seen,
+    seen_rows,
+    seen_new,
+    seen_start,
+    seen_token,
     work,  # fp32 [n, vocabulary]
     tokens,  # int64 [n]
     highest,  # fp32 [n]
     row_stride,
     vocabulary,
     mask_words,
+    seen_words,
     CHUNK: tl.constexpr,
 ):
     """Program r: row r, as `reference.sample_rows` has it."""
     r = tl.program_id(0).to(tl.int64)
+    seen_row = tl.load(seen_rows + r).to(tl.int64)
+    seen += seen_row * seen_words
+    if seen_row >= 0:
+        stop = tl.load(seen_start + r + 1)
+        is_new = tl.load(seen_new + r) != 0
+        _see(seen, is_new, seen_token, tl.load(seen_start + r), stop, seen_words, CHUNK)
     row = logits + r * row_stride
     best, token, has_nan = _highest(row, vocabulary, CHUNK)
     tl.store(highest + r, tl.where(has_nan, float("nan"), best))
@@ -250,23 +298,30 @@ def sample_kernel(
     first = tl.load(edit_start + r)
     stop = tl.load(edit_start + r + 1)
     mask_row = tl.load(mask_rows + r).to(tl.int64)
-    if (temperature == 0.0) & (first == stop) & (mask_row < 0):
+    if (temperature == 0.0) & (first == stop) & (mask_row < 0) & (seen_row < 0):
         tl.store(tokens + r, token)
         return
     mask += mask_row * mask_words
     work += r * vocabulary
-    _copy_masked(row, work, mask, mask_row >= 0, vocabulary, CHUNK)
-    # After each of these barriers threads read what others have written.
+    repetition = tl.load(repetitions + r)
+    # At each of these barriers threads go on with what others have written, or write it anew.
+    tl.debug_barrier()
+    _copy_edited(row, work, mask, mask_row >= 0, seen, seen_row >= 0, repetition, vocabulary, CHUNK)
     tl.debug_barrier()
     _edit(
+        row,
         work,
+        mask,
+        mask_row >= 0,
+        seen,
+        seen_row >= 0,
         first,
         stop,
         edit_token,
         edit_bias,
         edit_count,
         edit_flags,
-        tl.load(repetitions + r),
+        repetition,
         tl.load(frequencies + r),
         tl.load(presences + r),
         CHUNK,
@@ -346,12 +401,18 @@ def sample_rows(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor,
         rows.edit_bias,
         rows.edit_count,
         rows.edit_flags,
+        rows.seen,
+        rows.seen_row,
+        rows.seen_new,
+        rows.seen_start,
+        rows.seen_token,
         torch.empty(count, vocabulary, dtype=torch.float32, device=logits.device),
         tokens,
         highest,
         logits.stride(0),
         vocabulary,
         rows.mask.shape[1],
+        rows.seen.shape[1],
         CHUNK=_CHUNK,
         num_warps=_WARPS,
         enable_fp_fusion=False,
@@ -367,8 +428,10 @@ def _variant(dtype: str) -> Variant:
     signature |= dict.fromkeys(
         ("mask", "mask_rows", "edit_start", "edit_token", "edit_flags"), "*i32"
     )
+    seen = ("seen", "seen_rows", "seen_new", "seen_start", "seen_token")
+    signature |= dict.fromkeys(seen, "*i32")
     signature |= dict.fromkeys(("edit_bias", "edit_count"), "*fp32")
-    signature |= dict.fromkeys(("row_stride", "vocabulary", "mask_words"), "i32")
+    signature |= dict.fromkeys(("row_stride", "vocabulary", "mask_words", "seen_words"), "i32")
     return Variant(
         f"sample {dtype}",
         sample_kernel,

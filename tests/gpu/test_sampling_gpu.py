@@ -9,7 +9,7 @@ import torch
 from gpu_harness import DEVICE, DTYPES, MARKS, sized
 
 from quantd.kernels import ops, reference
-from quantd.kernels.sampling import ALL_MASKED, MASKED, NOT_FINITE, SEEN, SamplingRows
+from quantd.kernels.sampling import ALL_MASKED, MASKED, NOT_FINITE, SamplingRows
 
 pytestmark = MARKS
 
@@ -41,6 +41,11 @@ def plain(count: int = COUNT, temperature: float = 0.9) -> SamplingRows:
         edit_bias=none,
         edit_count=none,
         edit_flags=none.int(),
+        seen=torch.zeros(0, 1, dtype=torch.int32),
+        seen_row=of(-1, torch.int32),
+        seen_new=torch.zeros(count, dtype=torch.int32),
+        seen_start=torch.zeros(count + 1, dtype=torch.int32),
+        seen_token=none.int(),
     )
 
 
@@ -49,8 +54,16 @@ def edited(rows: SamplingRows) -> SamplingRows:
     tokens = torch.cat([torch.randperm(VOCABULARY)[:each] for _ in range(count)]).int()
     total = len(tokens)
     seen = torch.rand(total) < 0.5
+    # Those of the first half of a row's edits were seen, and some tokens that have no edit.
+    known = tokens.view(count, each)[:, : each // 2]
+    known = torch.cat((known, torch.randint(0, VOCABULARY, (count, each)).int()), 1)
     return replace(
         rows,
+        seen=torch.full((count, -(-VOCABULARY // 32)), -1, dtype=torch.int32),
+        seen_row=torch.randperm(count).int(),
+        seen_new=torch.ones(count, dtype=torch.int32),
+        seen_start=(torch.arange(count + 1) * known.shape[1]).int(),
+        seen_token=known.flatten(),
         repetition=torch.rand(count) + 0.7,
         frequency=torch.randn(count) * 0.5,
         presence=torch.randn(count) * 0.5,
@@ -58,7 +71,7 @@ def edited(rows: SamplingRows) -> SamplingRows:
         edit_token=tokens,
         edit_bias=torch.where(torch.rand(total) < 0.3, torch.randn(total) * 3, 0.0),
         edit_count=torch.where(seen, torch.randint(0, 5, (total,)), 0).float(),
-        edit_flags=(torch.where(torch.rand(total) < 0.2, MASKED, 0) + seen * SEEN).int(),
+        edit_flags=torch.where(torch.rand(total) < 0.2, MASKED, 0).int(),
     )
 
 
@@ -125,7 +138,7 @@ def test_a_row_is_the_same_alone_and_in_any_batch() -> None:
         one = {
             name: value[row : row + 1] if len(value) == COUNT and name != "mask" else value
             for name, value in values.items()
-        } | {"edit_start": torch.zeros(2, dtype=torch.int32)}
+        } | dict.fromkeys(("edit_start", "seen_start"), torch.zeros(2, dtype=torch.int32))
         alone, _ = ops.sample_rows(logits[row : row + 1], on_device(SamplingRows(**one)))
         assert int(alone) == int(together[row])
 

@@ -163,6 +163,11 @@ def rows_of(n: int, vocabulary: int) -> SamplingRows:
         edit_bias=empty(edits, dtype=torch.float32),
         edit_count=empty(edits, dtype=torch.float32),
         edit_flags=empty(edits, dtype=torch.int32),
+        seen=empty(n - 1, -(-vocabulary // 32), dtype=torch.int32),
+        seen_row=empty(n, dtype=torch.int32),
+        seen_new=empty(n, dtype=torch.int32),
+        seen_start=empty(n + 1, dtype=torch.int32),
+        seen_token=empty(3 * (n // 2), dtype=torch.int32),
     )
 
 

@@ -121,9 +121,23 @@ ARITHMETIC = (
     Mutation(
         "a grammar's mask read in words of 31",
         "sampling.py",
-        ">> (at % 32)) & 1",
-        ">> (at % 31)) & 1",
+        "(word >> (token % 32)) & 1",
+        "(word >> (token % 31)) & 1",
         "test_sampling.py::test_a_row_without_an_allowed_token",
+    ),
+    Mutation(
+        "a token's penalty kept from whoever had its place before",
+        "sampling.py",
+        "if is_new:",
+        "if False:",
+        "test_sampling.py::test_what_was_seen_is_kept_from_step_to_step",
+    ),
+    Mutation(
+        "an expert's rows begin behind its own",
+        "routing.py",
+        "place = tl.sum(tl.where(expert < mine, counts, 0), 0)",
+        "place = tl.sum(tl.where(expert <= mine, counts, 0), 0)",
+        "test_experts.py::test_a_plan_is_a_stable_sort",
     ),
     Mutation(
         "the epsilon of a norm outside of the root",

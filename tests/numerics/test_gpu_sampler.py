@@ -24,7 +24,7 @@ from quantd.daemon.worker.gpu.sampler import DeviceSampler, try_sampling
 from quantd.daemon.worker.sampler import Sampler, SampleRow
 from quantd.kernels import ops
 from quantd.kernels.reference import sampling as spec
-from quantd.kernels.sampling import MASKED, SEEN
+from quantd.kernels.sampling import MASKED
 
 VOCAB = 203
 
@@ -61,7 +61,7 @@ def test_what_is_kept_of_a_sequence_is_what_its_tokens_give() -> None:
         rows = rows[1:] + rows[:1]
         own, fresh = (s.stage(rows[step % 5 :]) for s in (kept, DeviceSampler(40)))
         for name, array in fresh.arrays.items():
-            if not name.startswith("edit_"):
+            if not name.startswith(("edit_", "seen_")):
                 assert np.array_equal(own.arrays[name], array), name
         for r in range(len(rows) - step % 5):
             was, now = ({e for e in _edits(plan.arrays, r) if any(e[1:])} for plan in (own, fresh))
@@ -90,17 +90,11 @@ def test_edits_of_a_token_are_merged() -> None:
         stop_token_ids=(7, VOCAB),
     )
     sampler = DeviceSampler(VOCAB)
-    want = {
-        (5, 0, 0, SEEN),
-        (6, 0, 0, SEEN | MASKED),
-        (7, 2.0, 2, SEEN | MASKED),
-        (8, -1.0, 0, 0),
-        (9, 0, 1, SEEN),
-    }
+    want = {(6, 0, 0, MASKED), (7, 2.0, 2, MASKED), (8, -1.0, 0, 0), (9, 0, 1, 0)}
     assert set(_edits(sampler.stage([one]).arrays, 0)) == want
     one.tokens.append(7)
-    want -= {(6, 0, 0, SEEN | MASKED), (7, 2.0, 2, SEEN | MASKED)}
-    want |= {(6, 0, 0, SEEN), (7, 2.0, 3, SEEN)}
+    want -= {(6, 0, 0, MASKED), (7, 2.0, 2, MASKED)}
+    want |= {(6, 0, 0, 0), (7, 2.0, 3, 0)}
     assert set(_edits(sampler.stage([one]).arrays, 0)) == want
 
 
@@ -123,7 +117,7 @@ def test_only_rows_with_a_mask_have_one() -> None:
 
 def test_every_array_has_its_field_and_type() -> None:
     arrays = DeviceSampler(VOCAB).stage([row(logit_bias=((3, 1.0),))]).arrays
-    assert set(arrays) == {*ops.SamplingRows.__slots__, "logprob_rows"}
+    assert set(arrays) == {*ops.SamplingRows.__slots__, "logprob_rows"} - {"seen"}
     assert all(array.flags.c_contiguous for array in arrays.values())
     assert {name: str(array.dtype) for name, array in arrays.items()} == {
         **dict.fromkeys(("seed", "position", "logprob_rows"), "int64"),
@@ -132,17 +126,57 @@ def test_every_array_has_its_field_and_type() -> None:
         **dict.fromkeys(("edit_bias", "edit_count"), "float32"),
         **dict.fromkeys(("top_k", "mask", "mask_row", "edit_start"), "int32"),
         **dict.fromkeys(("edit_token", "edit_flags"), "int32"),
+        **dict.fromkeys(("seen_row", "seen_new", "seen_start", "seen_token"), "int32"),
     }
 
 
 def test_what_was_kept_goes_with_the_sequence() -> None:
     sampler = DeviceSampler(VOCAB)
-    rows = [row(repetition_penalty=2.0), row(repetition_penalty=2.0)]
+    rows = [row(presence_penalty=2.0), row(presence_penalty=2.0)]
     sampler.stage(rows)
     assert len(sampler._edits) == 2
     rows.pop()
     gc.collect()
     assert len(sampler._edits) == 1
+
+
+def test_a_step_sends_the_tokens_that_are_new() -> None:
+    sampler = DeviceSampler(VOCAB)
+    rows = [row([i, i + 1], repetition_penalty=2.0 if i != 1 else 1.0) for i in range(3)]
+
+    def sent() -> tuple[list[list[int]], list[int], list[int]]:
+        plan = sampler.stage(rows)
+        a = {name: plan.arrays[f"seen_{name}"].tolist() for name in ("row", "new", "start")}
+        tokens = plan.arrays["seen_token"].tolist()
+        stops = zip(a["start"], a["start"][1:], strict=False)
+        return [tokens[start:stop] for start, stop in stops], a["row"], a["new"]
+
+    assert sent() == ([[0, 1], [], [2, 3]], [0, -1, 1], [1, 0, 1])
+    rows[0].tokens.extend((7, 7))
+    assert sent() == ([[7, 7], [], []], [0, -1, 1], [0, 0, 0])
+    # One that goes leaves its place to one that comes, also to itself when it comes back.
+    rows[0] = row([5], repetition_penalty=0.5)
+    rows.append(row([6], repetition_penalty=0.5))
+    gc.collect()
+    tokens, places, is_new = sent()
+    assert (tokens, is_new) == ([[5], [], [], [6]], [1, 0, 0, 1])
+    assert sorted(places) == [-1, 0, 1, 2] and places[2] == 1
+
+
+def test_the_table_grows_with_what_it_holds() -> None:
+    sampler, cpu = DeviceSampler(VOCAB), Sampler(VOCAB)
+    rows: list[SampleRow] = []
+    random = np.random.default_rng(5)
+    for count in (1, 3, 16, 17, 40, 2, 60):
+        rows = [
+            row(random.integers(0, VOCAB, 9).tolist(), seq=i, repetition_penalty=1.7)
+            for i in range(count)
+        ] + rows[: 2 * count]
+        logits = torch.from_numpy(random.normal(0, 1, (len(rows), VOCAB)).astype(np.float32))
+        want = cpu.sample(logits, rows)
+        assert sampled(sampler, logits, rows, {}) == want
+        for one, result in zip(rows, want, strict=True):
+            one.tokens.append(result.token)
 
 
 def test_no_rows() -> None:

@@ -10,7 +10,7 @@ import torch
 from quantd.daemon.types import SamplingParams
 from quantd.daemon.worker.sampler import Sampler, SampleRow
 from quantd.kernels import ops
-from quantd.kernels.sampling import ALL_MASKED, MASKED, NOT_FINITE, SEEN, SamplingRows
+from quantd.kernels.sampling import ALL_MASKED, MASKED, NOT_FINITE, SamplingRows
 
 VOCAB = 200
 
@@ -36,16 +36,16 @@ def _row(index: int, random: np.random.Generator) -> SampleRow:
 
 def _edits(row: SampleRow) -> dict[int, tuple[float, int, int]]:
     """Token -> bias, count, flags."""
-    bias, seen = dict(row.sampling.logit_bias), set(row.tokens)
+    bias = dict(row.sampling.logit_bias)
     counts = Counter(row.tokens[row.num_prompt_tokens :])
     masked = set(row.sampling.stop_token_ids)
     return {
         token: (
             bias.get(token, 0),
             counts[token],
-            MASKED * (token in masked) | SEEN * (token in seen),
+            MASKED * (token in masked),
         )
-        for token in {*bias, *seen, *masked}
+        for token in {*bias, *counts, *masked}
     }
 
 
@@ -71,6 +71,11 @@ def _batch(rows: list[SampleRow], mask: torch.Tensor) -> SamplingRows:
         edit_bias=bias.float(),
         edit_count=count.float(),
         edit_flags=flags.int(),
+        seen=torch.full((len(rows), -(-VOCAB // 32)), 0x5A5A).int(),
+        seen_row=torch.arange(len(rows)).flip(0).int(),
+        seen_new=torch.ones(len(rows)).int(),
+        seen_start=torch.tensor([0, *(len(row.tokens) for row in rows)]).cumsum(0).int(),
+        seen_token=torch.tensor([token for row in rows for token in row.tokens]).int(),
     )
 
 

@@ -131,6 +131,11 @@ def test_sampling(far: Far) -> None:
         edit_bias=none,
         edit_count=none,
         edit_flags=none.int(),
+        seen=torch.zeros(ROWS, 2).int(),
+        seen_row=number.int(),
+        seen_new=number.int() * 0,
+        seen_start=torch.zeros(ROWS + 1).int(),
+        seen_token=none.int(),
     )
     want = sampling.sample_rows(logits, rows)
     got = sampling.sample_rows(far(logits), rows)

@@ -1,6 +1,7 @@
 """Tokens against the specification: the same ones, not similar ones."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -8,8 +9,11 @@ import torch
 
 from quantd.kernels.reference import sample as reference
 from quantd.kernels.reference import sampling as spec
-from quantd.kernels.sampling import ALL_MASKED, MASKED, NOT_FINITE, SEEN, SamplingRows
+from quantd.kernels.sampling import ALL_MASKED, MASKED, NOT_FINITE, SamplingRows
 from quantd.kernels.triton import sampling
+
+SEEN = 2
+"""In a case below: the token was seen."""
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
 
@@ -44,6 +48,11 @@ def plain(count: int, temperature: float = 1.0) -> SamplingRows:
         edit_bias=none,
         edit_count=none,
         edit_flags=none.int(),
+        seen=torch.zeros(0, 1, dtype=torch.int32),
+        seen_row=of(-1, torch.int32),
+        seen_new=torch.zeros(count, dtype=torch.int32),
+        seen_start=torch.zeros(count + 1, dtype=torch.int32),
+        seen_token=none.int(),
     )
 
 
@@ -53,10 +62,12 @@ def edited(rows: SamplingRows, vocabulary: int) -> SamplingRows:
     sizes = torch.randint(0, min(vocabulary, 150), (count,))
     tokens = torch.cat([torch.randperm(vocabulary)[:size] for size in sizes.tolist()]).int()
     total = len(tokens)
-    seen = torch.rand(total) < 0.5
-    put_out = seen & (torch.rand(total) < 0.6)
+    put_out = torch.rand(total) < 0.3
+    # Of what is edited, and else.
+    known = [part[::2] for part in tokens.split(sizes.tolist())]
+    known = [torch.cat((part, torch.randint(0, vocabulary, (9,)).int())) for part in known]
     return replace(
-        rows,
+        with_seen(rows, known, vocabulary),
         repetition=torch.rand(count) + 0.7,
         frequency=torch.randn(count) * 0.5,
         presence=torch.randn(count) * 0.5,
@@ -64,7 +75,22 @@ def edited(rows: SamplingRows, vocabulary: int) -> SamplingRows:
         edit_token=tokens,
         edit_bias=torch.where(torch.rand(total) < 0.3, torch.randn(total) * 3, 0.0),
         edit_count=torch.where(put_out, torch.randint(1, 5, (total,)), 0).float(),
-        edit_flags=(torch.where(torch.rand(total) < 0.2, MASKED, 0) + seen * SEEN).int(),
+        edit_flags=torch.where(torch.rand(total) < 0.2, MASKED, 0).int(),
+    )
+
+
+def with_seen(
+    rows: SamplingRows, tokens: Sequence[torch.Tensor], vocabulary: int, is_new: int = 1
+) -> SamplingRows:
+    """Tokens of each row, in a table where another one's were."""
+    sizes = torch.tensor([0, *map(len, tokens)])
+    return replace(
+        rows,
+        seen=torch.full((len(tokens) + 2, -(-vocabulary // 32)), -1, dtype=torch.int32),
+        seen_row=torch.randperm(len(tokens) + 2)[: len(tokens)].int(),
+        seen_new=torch.full((len(tokens),), is_new, dtype=torch.int32),
+        seen_start=sizes.cumsum(0).int(),
+        seen_token=torch.cat([*tokens]).int(),
     )
 
 
@@ -78,10 +104,12 @@ def masked(rows: SamplingRows, vocabulary: int, share: float) -> SamplingRows:
 
 
 def assert_same(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    other = replace(rows, seen=rows.seen.clone())
     tokens, highest = sampling.sample_rows(logits, rows)
-    want, best = reference.sample_rows(logits, rows)
+    want, best = reference.sample_rows(logits, other)
     assert torch.equal(tokens, want)
     assert torch.equal(highest, best) or best.isnan().any()
+    assert torch.equal(rows.seen, other.seen)
     return tokens
 
 
@@ -172,22 +200,38 @@ def test_what_an_edit_does(logit: float, bias: float, count: int, flags: int, wa
         edit_token=torch.tensor([7]).int(),
         edit_bias=torch.tensor([bias]),
         edit_count=torch.tensor([float(count)]),
-        edit_flags=torch.tensor([flags]).int(),
+        edit_flags=torch.tensor([flags & MASKED]).int(),
     )
+    if flags & SEEN:
+        rows = with_seen(rows, [torch.tensor([7])], 80)
     assert assert_same(logits, rows).tolist() == [want]
 
 
 def test_the_penalty_of_a_negative_logit_makes_it_lower() -> None:
-    rows = replace(
-        plain(1, 0.0),
-        repetition=torch.tensor([2.0]),
-        edit_start=torch.tensor([0, 1]).int(),
-        edit_token=torch.tensor([1]).int(),
-        edit_bias=torch.zeros(1),
-        edit_count=torch.zeros(1),
-        edit_flags=torch.tensor([SEEN]).int(),
-    )
+    rows = with_seen(replace(plain(1, 0.0), repetition=torch.tensor([2.0])), [torch.tensor([1])], 2)
     assert assert_same(torch.tensor([[-1.5, -1.0]]), rows).tolist() == [0]
+
+
+def test_what_was_seen_is_kept_from_step_to_step() -> None:
+    """Also of a row that fails, whose tokens go on; and where a step is done twice."""
+    vocabulary, count = 130, 4
+    logits = torch.full((count, vocabulary), 1.0)
+    logits[2, 5] = math.nan
+    plainly = replace(plain(count, 0.0), repetition=torch.full((count,), 2.0))
+    first = [torch.arange(0, n) for n in (130, 3, 40, 0)]
+    rows = with_seen(plainly, first, vocabulary)
+    rows.seen_row[3] = -1
+    for _ in range(2):
+        assert assert_same(logits, rows).tolist() == [0, 3, NOT_FINITE, 0]
+    more = with_seen(
+        plainly, [torch.tensor([5, 5]), torch.arange(3, 129), *first[2:]], vocabulary, 0
+    )
+    rows = replace(more, seen=rows.seen, seen_row=rows.seen_row)
+    logits[2, 5] = 0
+    for _ in range(2):
+        assert assert_same(logits, rows).tolist() == [0, 129, 40, 0]
+    bits = rows.seen[int(rows.seen_row[1])]
+    assert bits.tolist() == [-1, -1, -1, -1, 1]
 
 
 def test_everything_at_once(dtype: torch.dtype) -> None:

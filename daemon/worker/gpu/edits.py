@@ -8,8 +8,21 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from quantd.daemon.types import SamplingParams
 from quantd.daemon.worker.sampler import Bits, SampleRow, masked_tokens
-from quantd.kernels.sampling import MASKED, SEEN
+from quantd.kernels.sampling import MASKED
+
+
+def has_edits(params: SamplingParams) -> bool:
+    """Logits may be changed by what is sent with each step."""
+    return bool(
+        params.allowed_token_ids is not None
+        or params.bad_words
+        or params.min_tokens
+        or params.logit_bias
+        or params.frequency_penalty
+        or params.presence_penalty
+    )
 
 
 class Edits:
@@ -27,7 +40,6 @@ class Edits:
         self._place: dict[int, int] = {}
         self._num_known = 0
         self._masked: list[int] = []
-        self._is_seen = params.repetition_penalty != 1
         self._is_counted = bool(params.frequency_penalty or params.presence_penalty)
         self._may_mask = bool(params.bad_words or params.min_tokens)
         if params.allowed_token_ids is not None:
@@ -39,11 +51,6 @@ class Edits:
     def update(self, row: SampleRow) -> None:
         """For the token that comes next in the row that these are of."""
         known, self._num_known = self._num_known, len(row.tokens)
-        if self._is_seen:
-            seen = set(row.tokens[known:])
-            self._add(seen)
-            for token in seen:
-                self.flags[self._place[token]] |= SEEN
         if self._is_counted:
             counts = Counter(row.tokens[max(known, row.num_prompt_tokens) :])
             self._add(counts)
@@ -51,12 +58,12 @@ class Edits:
                 self.counts[self._place[token]] += count
         if self._may_mask:
             for place in self._masked:
-                self.flags[place] &= ~MASKED
+                self.flags[place] = 0
             masked = masked_tokens(row, self._vocab_size)
             self._add(masked)
             self._masked = [self._place[token] for token in masked]
             for place in self._masked:
-                self.flags[place] |= MASKED
+                self.flags[place] = MASKED
 
     def _add(self, tokens: Collection[int]) -> None:
         """Each gets a place, unless it has one."""

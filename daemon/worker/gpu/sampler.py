@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quantd.daemon.types import Sampled, SamplingParams, TokenLogprob
-from quantd.daemon.worker.gpu.edits import Edits
+from quantd.daemon.worker.gpu.edits import Edits, has_edits
+from quantd.daemon.worker.gpu.seen import Seen
 from quantd.daemon.worker.sampler import (
     GREEDY_BELOW,
     Bits,
     SampleRow,
     all_masked,
-    is_edited,
     not_finite,
 )
 from quantd.kernels import ops
@@ -32,6 +32,8 @@ from quantd.kernels.sampling import ALL_MASKED, NOT_FINITE
 
 _LOGPROB_ROWS = 16
 """Rows whose log-probabilities are computed at once: 80 MB at a vocabulary of 128k."""
+
+_SENT = tuple(name for name in ops.SamplingRows.__slots__ if name != "seen")
 
 _NO_MASKS: Mapping[int, Bits] = MappingProxyType({})
 _MASK64 = 0xFFFFFFFFFFFFFFFF
@@ -42,11 +44,13 @@ class SamplingPlan:
     """What sampling the rows of one step takes."""
 
     arrays: Mapping[str, NDArray[Any]]
-    """By name, to be on the device: the fields of `SamplingRows`, and `logprob_rows` (int64), the
-    rows of `logprobs`. Some may be empty. Each begins there at a multiple of 16 bytes, because
-    Triton compiles again for a pointer that does not."""
+    """By name, to be on the device: the fields of `SamplingRows` but `seen`, and `logprob_rows`
+    (int64), the rows of `logprobs`. Some may be empty. Each begins there at a multiple of 16 bytes,
+    because Triton compiles again for a pointer that does not."""
     logprobs: Mapping[int, int]
     """The rows that want log-probabilities, in order, and how many."""
+    num_seen: int
+    """Rows of the table of seen tokens."""
 
 
 class Logprobs(NamedTuple):
@@ -79,6 +83,7 @@ class DeviceSampler:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._edits: WeakKeyDictionary[SampleRow, Edits] = WeakKeyDictionary()
+        self._seen = Seen(vocab_size)
 
     def stage(
         self, rows: Sequence[SampleRow], masks: Mapping[int, Bits] = _NO_MASKS
@@ -94,15 +99,17 @@ class DeviceSampler:
             **_numbers([row.sampling for row in rows], self._vocab_size),
             "position": np.array([len(row.tokens) for row in rows], np.int64),
             **self._changes(rows, masks),
+            **self._seen.stage(rows),
             "logprob_rows": np.array(list(logprobs), np.int64),
         }
-        return SamplingPlan(arrays, logprobs)
+        return SamplingPlan(arrays, logprobs, self._seen.num_rows)
 
     def run(self, logits: Tensor, tensors: Mapping[str, Tensor], plan: SamplingPlan) -> Outcome:
         """Work for a queue. logits [n, >= vocab_size] (any float dtype, not changed); tensors: the
         arrays of the plan, on their device."""
         logits = logits[:, : self._vocab_size]
-        rows = ops.SamplingRows(**{name: tensors[name] for name in ops.SamplingRows.__slots__})
+        seen = self._seen.table(plan.num_seen, logits.device)
+        rows = ops.SamplingRows(seen=seen, **{name: tensors[name] for name in _SENT})
         tokens, highest = ops.sample_rows(logits, rows)
         if not plan.logprobs:
             none = highest.new_empty(0, 0)
@@ -156,7 +163,7 @@ class DeviceSampler:
         allowed: list[Bits] = [np.zeros(0, np.int32)]
         for i, row in enumerate(rows):
             bits = masks.get(i)
-            if is_edited(row.sampling):
+            if has_edits(row.sampling):
                 own = self._edits_of(row)
                 own.update(row)
                 edits.append(own)
