@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from bisect import insort
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from quantd.daemon.config import SchedulerSettings
 from quantd.daemon.kv.cache import KvCache, Match
 from quantd.daemon.kv.tree import TOKEN_BYTES
+from quantd.daemon.scheduler.batch import Batch
 from quantd.daemon.scheduler.deadlines import Deadlines, is_hopeless, why_hopeless, why_over
 from quantd.daemon.scheduler.division import Division
 from quantd.daemon.scheduler.fetching import FetchQueue
 from quantd.daemon.scheduler.pace import StartPace
-from quantd.daemon.scheduler.policy import Key, make_policy
-from quantd.daemon.scheduler.ready import ReadyQueue
+from quantd.daemon.scheduler.places import Places
+from quantd.daemon.scheduler.policy import make_policy
+from quantd.daemon.scheduler.queues import Queues
 from quantd.daemon.scheduler.sequence import Phase, Sequence, blocks_for
-from quantd.daemon.scheduler.shares import CallerShares
 from quantd.daemon.scheduler.tables import BlockTables
 from quantd.daemon.scheduler.updates import SequenceUpdate, finish_reason, keep_prompt_logprobs
 from quantd.daemon.types import (
@@ -33,9 +32,6 @@ from quantd.daemon.types import (
     StepResult,
     TokenLogprob,
 )
-
-BATCH_PLACES = 1 / 8
-"""Of the batch, for lines that have waited too long and may not be displaced."""
 
 PreemptionReason = Literal["memory", "priority"]
 """The blocks ran out, or one that goes first took the place."""
@@ -61,18 +57,13 @@ class Scheduler:
     leaves are free at once, because the worker executes plans in order. Everything runs on the
     event loop and nothing waits.
 
-    Running sequences stand in the order in which they keep their place (`Policy.keep_key`, aged
-    ones first, lines of batches last), which is fixed while they run. Blocks are given from the
-    front and taken from the back, therefore the first one always gets on, and whatever is preempted
-    is not yet part of the plan being made: nothing ever has to be taken out of it again.
+    Blocks are given from the front of the batch and taken from the back, therefore the first one
+    always gets on, and whatever is preempted is not yet part of the plan being made: nothing ever
+    has to be taken out of it again.
 
     Lines of batches (`Request.is_batch`) have a queue of their own. One starts when nobody else
     waits, or has waited `aging_seconds`; then it keeps its place, else whoever else comes takes it.
     While others run, lines get a tenth of what those compute (`BatchShare`).
-
-    A sequence is started only if all of its known tokens fit beside those of the running ones,
-    with one block more for each of these. So only growth by decoding preempts, not prefill, and a
-    preempted sequence does not come back just to be preempted again.
     """
 
     def __init__(
@@ -88,31 +79,20 @@ class Scheduler:
         self._kv = tables.kv
         self._settings = settings
         self._max_context = max_context
-        # Each running sequence needs a token of every step's budget.
-        self._max_running = min(settings.max_running, settings.token_budget)
         self._policy = make_policy(settings)
-        self._max_aged = math.ceil(self._policy.aged_share * self._max_running)
-        self._max_aged_lines = math.ceil(BATCH_PLACES * self._max_running)
-        self._others = self._new_queue()
-        self._lines = self._new_queue()
+        self._queues = Queues(self._policy, settings)
+        self._batch = Batch(self._policy, settings)
+        self._places = Places(self._policy, self._queues, self._batch, tables)
         self._division = Division(tables, settings.token_budget, whole)
         self._fetching = FetchQueue(self._kv)
         self._deadlines = Deadlines()
         self._pace = StartPace()
         self._sequences: dict[int, Sequence] = {}  # waiting, fetching and running
-        self._running: list[Sequence] = []
         self._drops: list[int] = []
         self._step = 0
         self._in_flight: deque[_Flight] = deque()
         self._ended: list[SequenceUpdate] = []
         self._num_preemptions: dict[str, int] = dict.fromkeys(PREEMPTION_REASONS, 0)
-
-    def _new_queue(self) -> ReadyQueue:
-        shares = CallerShares(self._settings.caller_weights)
-        return ReadyQueue(self._policy, self._settings.aging_seconds, shares)
-
-    def _queue(self, seq: Sequence) -> ReadyQueue:
-        return self._lines if seq.request.is_batch else self._others
 
     # --- what the engine asks ----------------------------------------------------------------
 
@@ -130,17 +110,17 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._batch)
 
     @property
     def num_waiting(self) -> int:
         """With lines of batches, and those that wait for blocks from disk."""
-        return len(self._others) + len(self._lines) + len(self._fetching)
+        return len(self._queues) + len(self._fetching)
 
     @property
     def num_lines_waiting(self) -> int:
         """Lines of batches among them."""
-        return len(self._lines) + self._fetching.num_lines
+        return self._queues.num_lines + self._fetching.num_lines
 
     @property
     def may_plan(self) -> bool:
@@ -178,11 +158,11 @@ class Scheduler:
         if not self.num_waiting:
             self._pace.waits_from(seq.waiting_since)
         self._sequences[seq.id] = seq
-        self._queue(seq).shares.enter(seq.request.caller)
+        self._queues.of(seq).shares.enter(seq.request.caller)
         self._deadlines.add(seq)
         self._tables.enter(seq)
         if not self._fetching.begin(seq):
-            self._queue(seq).add(seq)
+            self._queues.of(seq).add(seq)
 
     def abort(self, seq_id: int) -> bool:
         """Forget a sequence; there will be no further update of it. False if it is unknown."""
@@ -190,7 +170,7 @@ class Scheduler:
         if seq is None:
             return False
         if seq.phase is Phase.RUNNING:
-            self._running.remove(seq)
+            self._batch.remove(seq)
         self._forget(seq)
         return True
 
@@ -212,7 +192,7 @@ class Scheduler:
     def _go_on(self, seq: Sequence) -> None:
         """It waits for its turn, by what is known of it now."""
         self._tables.look(seq)
-        self._queue(seq).add(seq)
+        self._queues.of(seq).add(seq)
 
     def resize(self, num_blocks: int) -> None:
         """The pool's budget, at any time. What can never fit any more ends with an error."""
@@ -240,7 +220,7 @@ class Scheduler:
 
     def _end(self, seq: Sequence, reason: FinishReason, error: str) -> None:
         if seq.phase is Phase.RUNNING:
-            self._running.remove(seq)
+            self._batch.remove(seq)
         self._forget(seq)
         self._ended.append(SequenceUpdate(seq, finish_reason=reason, error=error))
 
@@ -249,11 +229,11 @@ class Scheduler:
         if seq.phase is Phase.RUNNING:
             self._take_off(seq, spoilt=spoilt)
         elif not self._fetching.remove(seq):
-            self._queue(seq).remove(seq)
+            self._queues.of(seq).remove(seq)
         seq.phase = Phase.FINISHED
         del self._sequences[seq.id]
         self._deadlines.remove(seq)
-        self._queue(seq).shares.leave(seq.request.caller)
+        self._queues.of(seq).shares.leave(seq.request.caller)
         self._tables.leave(seq)
 
     # --- a step ------------------------------------------------------------------------------
@@ -324,7 +304,7 @@ class Scheduler:
             if seq.phase is Phase.RUNNING:
                 self._tables.publish(seq, merge=True)
         if any(update.finish_reason is not None for update in updates):
-            self._running = [seq for seq in self._running if seq.phase is Phase.RUNNING]
+            self._batch.sweep()
         return updates
 
     # --- planning ----------------------------------------------------------------------------
@@ -335,114 +315,57 @@ class Scheduler:
         It ends at the first that does not fit: what is smaller and behind may not overtake, or
         what is large would wait for ever.
         """
+        places, batch = self._places, self._batch
         room: int | None = None
-        while (first := self._first()) is not None:
-            if self._is_full and not self._may_displace(first, self._running[-1]):
+        while (first := self._queues.first()) is not None:
+            if batch.is_full and not places.may_displace(first, batch.last):
                 return
             if room is None:
-                room = self._tables.room(self._running)
+                room = self._tables.room(batch)
             overdue = self._overdue(now)
             seq = overdue if overdue is not None else first
             match = self._tables.match(seq)
             if is_hopeless(seq, match.num_blocks, now, self._kv.cost.token_seconds):
                 self._end(seq, "timeout", why_hopeless(seq))
                 continue
-            if not self._fits(seq, match, room, len(self._running)):
-                more = self._tables.needed(seq, match) + len(self._running) - room
-                self._tables.trim(self._running, self._kv.num_available + more)
-                room, match = self._tables.room(self._running), self._tables.match(seq)
-            if not self._fits(seq, match, room, len(self._running)):
+            if not places.fits(seq, match, room):
+                more = self._tables.needed(seq, match) + len(batch) - room
+                self._tables.trim(batch, self._kv.num_available + more)
+                room, match = self._tables.room(batch), self._tables.match(seq)
+            if not places.fits(seq, match, room):
                 seq = first
-                reserved = self._kept_for(overdue, room)
+                reserved = places.kept_for(overdue, room)
                 if not self._displace_for(seq, room - reserved, now):
                     return
-                room, match = self._tables.room(self._running), self._tables.match(seq)
-                if not self._fits(seq, match, room, len(self._running)):
+                room, match = self._tables.room(batch), self._tables.match(seq)
+                if not places.fits(seq, match, room):
                     return
             seq.aged = seq.aged or seq is overdue
             room -= self._tables.needed(seq, match)
             self._start(seq, match, now)
 
-    def _first(self) -> Sequence | None:
-        """Whose turn it is: a line's when nobody else waits."""
-        return self._others.first() or self._lines.first()
-
     def _overdue(self, now: float) -> Sequence | None:
         """Who has waited too long and may start out of turn."""
-        aged = Counter(seq.request.is_batch for seq in self._running if seq.aged)
-        overdue = self._others.first_overdue(now) if aged[False] < self._max_aged else None
-        if overdue is None and aged[True] < self._max_aged_lines:
-            overdue = self._lines.first_overdue(now)
-        return overdue
-
-    @property
-    def _is_full(self) -> bool:
-        return len(self._running) >= self._max_running
-
-    def _may_displace(self, seq: Sequence, victim: Sequence) -> bool:
-        if victim.aged:
-            return False
-        if seq.request.is_batch != victim.request.is_batch:
-            return victim.request.is_batch
-        if self._policy.rank(seq) == self._policy.rank(victim) and self._had_more(seq, victim):
-            return False
-        return self._policy.displaces(seq, victim)
-
-    def _had_more(self, seq: Sequence, other: Sequence) -> bool:
-        """Its caller has had more than the other's."""
-        used = self._queue(seq).shares.used
-        return used(seq.request.caller) > used(other.request.caller)
-
-    def _fits(self, seq: Sequence, match: Match, room: int, num_running: int) -> bool:
-        needed = self._tables.needed(seq, match)
-        # A block more for each of the running ones.
-        return num_running < self._max_running and room - needed >= num_running
-
-    def _kept_for(self, overdue: Sequence | None, room: int) -> int:
-        """What of `room` those that displace may not use: it is waited for by an overdue one."""
-        if overdue is None or overdue is self._first():
-            return 0
-        return min(blocks_for(len(overdue.tokens)), max(0, room - len(self._running)))
+        others, lines = self._batch.room_for_aged()
+        return self._queues.first_overdue(now, others=others, lines=lines)
 
     def _displace_for(self, seq: Sequence, room: int, now: float) -> bool:
         """Preempt just as many running sequences as `seq` needs and may displace; False if that
         would not do, and then nobody was preempted."""
-        match = self._tables.match(seq)
-        own: set[int] = set()
-        seen: Counter[int] = Counter()
-        gained = 0
-        for count, victim in enumerate(reversed(self._running), start=1):
-            if not self._may_displace(seq, victim):
-                return False
-            if match.node is not None and not own:
-                own = {node.block for node in match.node.path()}
-            seen.update(victim.blocks)
-            # Only what neither another one nor `seq` has too comes free; what it had a claim to
-            # does as well.
-            pool = self._kv.pool
-            owned = (block for block in victim.blocks if seen[block] == pool.num_owners(block))
-            lone = [block for block in owned if block not in own]
-            gained += len(lone) - pool.given_by(sum(map(pool.is_trimmed, lone)))
-            gained += self._tables.num_missing(victim)
-            if self._fits(seq, match, room + gained, len(self._running) - count):
-                for _ in range(count):
-                    self._preempt_last("priority", now)
-                return True
-        return False
+        count = self._places.num_victims(seq, self._tables.match(seq), room)
+        for _ in range(count):
+            self._preempt_last("priority", now)
+        return count > 0
 
     def _start(self, seq: Sequence, match: Match, now: float) -> None:
-        self._queue(seq).remove(seq)
+        self._queues.of(seq).remove(seq)
         self._tables.start(seq, match)
         seq.phase = Phase.RUNNING
         seq.seconds_waited += now - seq.waiting_since
         if seq.started_at is None:
             seq.started_at = now
             self._pace.started(now)
-        seq.keep_key = self._policy.keep_key(seq)
-        insort(self._running, seq, key=self._keep_key)
-
-    def _keep_key(self, seq: Sequence) -> Key:
-        return (not seq.aged, seq.request.is_batch, *seq.keep_key)
+        self._batch.add(seq)
 
     def _left(self, seq: Sequence) -> int:
         """Tokens it has to compute; 0 as well if it is certain to end with a token in flight."""
@@ -456,7 +379,7 @@ class Scheduler:
     def _going(self) -> dict[Sequence, int]:
         """Who could compute something, and how much at most."""
         going = {}
-        for seq in self._running:
+        for seq in self._batch:
             left = self._left(seq)
             if left > 1:
                 self._tables.adopt(seq)
@@ -479,7 +402,7 @@ class Scheduler:
                 continue  # preempted just now
             self._tables.adopt(seq)
             chunk = self._schedule(seq, sizes[seq])
-            while chunk is None and self._running[-1] is not seq:
+            while chunk is None and self._batch.last is not seq:
                 self._preempt_last("memory", now)
                 chunk = self._schedule(seq, sizes[seq])
             if chunk is not None:
@@ -491,7 +414,7 @@ class Scheduler:
         start, expected = seq.num_scheduled_tokens, seq.num_expected_tokens
         stop = min(expected, start + size)
         if stop > len(seq.blocks) * BLOCK_TOKENS:
-            self._tables.trim(self._running, blocks_for(stop) - len(seq.blocks))
+            self._tables.trim(self._batch, blocks_for(stop) - len(seq.blocks))
             stop = min(stop, start + self._tables.room_for(seq))
         if stop <= start:
             return None
@@ -499,7 +422,7 @@ class Scheduler:
             stop -= stop % BLOCK_TOKENS  # whole blocks can be taken over from others next time
         if not self._tables.extend(seq, stop):
             return None
-        self._queue(seq).shares.charge(seq.request.caller, stop - start)
+        self._queues.charge(seq, stop - start)
         seq.num_chunks += 1
         if stop == expected:
             seq.num_pending += 1
@@ -527,7 +450,7 @@ class Scheduler:
 
     def _preempt_last(self, reason: PreemptionReason, now: float) -> None:
         """Back to the queue goes the last of the batch, with its tokens and without its blocks."""
-        seq = self._running.pop()
+        seq = self._batch.pop()
         self._take_off(seq)
         seq.phase = Phase.WAITING
         seq.num_preemptions += 1
@@ -578,19 +501,16 @@ class Scheduler:
     def check_counts(self) -> None:
         """The cheap part of `check`, for a daemon at rest: O(running)."""
         self._kv.pool.check_counts()
-        assert len(self._sequences) == len(self._running) + self.num_waiting
-        assert self._running or self._kv.pool.num_used == 0, "a block is used by no sequence"
+        assert len(self._sequences) == len(self._batch) + self.num_waiting
+        assert len(self._batch) or self._kv.pool.num_used == 0, "a block is used by no sequence"
 
     def check(self) -> None:
         """Recount everything from scratch; AssertionError where a number does not hold."""
         self.check_counts()
-        self._others.check()
-        self._lines.check()
-        self._tables.check(self._running)
-        assert len(self._running) <= self._max_running
-        keys = [self._keep_key(seq) for seq in self._running]
-        assert keys == sorted(keys), "the batch is out of order"
-        running = {seq.id for seq in self._running}
+        self._queues.check()
+        self._batch.check()
+        self._tables.check(self._batch)
+        running = {seq.id for seq in self._batch}
         for seq in self._sequences.values():
             assert (seq.phase is Phase.RUNNING) == (seq.id in running)
             assert 0 <= seq.num_computed_tokens <= seq.num_scheduled_tokens

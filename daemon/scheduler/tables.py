@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
 from quantd.daemon.kv.cache import KvCache, Match
@@ -128,11 +130,11 @@ class BlockTables:
         """Blocks that one has to have room for who is to start with this match."""
         return max(0, self.kv.window.cost(blocks_for(len(seq.tokens))) - match.num_used)
 
-    def room(self, running: list[Sequence]) -> int:
+    def room(self, running: Iterable[Sequence]) -> int:
         """Blocks that the expected tokens of none of these lay claim to; may be below zero."""
         return self.kv.num_available - sum(map(self.num_missing, running))
 
-    def trim(self, running: list[Sequence], num_blocks: int) -> None:
+    def trim(self, running: Iterable[Sequence], num_blocks: int) -> None:
         """Try to make so many available by what running sequences hold outside of their windows."""
         if not self.kv.window.share or self.kv.num_available >= num_blocks:
             return
@@ -218,7 +220,7 @@ class BlockTables:
         if seq.num_preemptions == 0 and seq.first_token_at is None:
             seq.num_cached_tokens += num_tokens
 
-    def check(self, running: list[Sequence]) -> None:
+    def check(self, running: Iterable[Sequence]) -> None:
         """Blocks are owned by running sequences alone, and what they share the tree knows."""
         self.kv.check()
         owners: dict[int, int] = {}
