@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import NamedTuple
 
 from quantd.daemon.kv.cost import CostModel
@@ -15,12 +14,11 @@ from quantd.daemon.kv.reading import DiskReads
 from quantd.daemon.kv.stats import DIRECTIONS, KvStats
 from quantd.daemon.kv.tree import NONE, Node, PrefixTree, Root
 from quantd.daemon.kv.window import NO_WINDOW, Window
+from quantd.daemon.kv.writing import DiskWrites
 from quantd.daemon.types import BlockCopy, DiskDone, DiskOp, StepResult
 
 _MEASURED_TOKENS = 32
 """Of prompts in a step, for its time to say what computing costs."""
-_WRITING_SHARE = 4
-"""At most a quarter of the host's places may wait for the disk."""
 
 
 class Match(NamedTuple):
@@ -69,6 +67,7 @@ class KvCache:
         self._marks = Marks(lambda name: self.disk is not None and self.disk.knows(name))
         self.cost = CostModel()
         self.reads = DiskReads(self)
+        self.writes = DiskWrites(self)
         self.step = 0
         """The plan that is being made."""
         self._block_bytes = block_bytes
@@ -79,10 +78,6 @@ class KvCache:
         self._sent: dict[int, int] = {}
         """Plan -> fetches and spills in it, for their time."""
         self._by_place: dict[int, Node] = {}
-        self._unsaved: deque[Node] = deque()
-        """Nodes that may not be on disk yet, parents before children."""
-        self._writing: dict[bytes, int] = {}
-        """File -> place that is being written to it."""
         self.num_moved = dict.fromkeys(DIRECTIONS, 0)
         self.num_fetches = self.num_recomputes = 0
 
@@ -206,8 +201,7 @@ class KvCache:
                 return None
             self.pool.unhold(child.block)
             parent.num_device_children -= 1
-        if self.disk is not None:
-            self._note_unsaved(child)
+        self.writes.note(child)
         child.block, child.step = block, self.step
         self.pool.hold(block)
         parent.num_device_children += 1
@@ -298,24 +292,7 @@ class KvCache:
         called when there is nothing else to do: leaves are given up first, so without it the
         beginnings, which a new process needs first, would reach the disk last. True: there are
         orders for a plan."""
-        disk, host = self.disk, self.host
-        if disk is None or host is None or disk.rests:
-            self._unsaved.clear()
-            return False
-        while self._unsaved and self._may_write and disk.may_write:
-            node = self._unsaved[0]
-            whole = node.block != NONE and not self.pool.is_trimmed(node.block)
-            if whole and digest_of(node) not in disk and node.place == NONE:
-                place = self.take_place()
-                if place is None:
-                    break
-                self._copies.append(BlockCopy("spill", node.block, place))
-                self.num_moved["out", "host"] += 1
-                self.put(node, place)
-            if node.place != NONE:
-                self._write(node)
-            self._unsaved.popleft()
-        return self.has_orders
+        return self.writes.save() and self.has_orders
 
     # --- what the worker has to do -----------------------------------------------------------
 
@@ -346,14 +323,9 @@ class KvCache:
 
     def disk_done(self, done: DiskDone) -> set[int]:
         """The worker has written or read a file. The jobs of `reads` that have ended with it."""
-        assert self.disk is not None and self.host is not None
         if done.kind == "read":
             return self.reads.done(done)
-        place = self._writing.pop(done.key)
-        self.disk.written(done.key, done.error)
-        self.num_moved["out", "disk"] += done.error is None
-        self.host.release((place,))
-        node = self._by_place.get(place)
+        node = self._by_place.get(self.writes.done(done))
         if node is not None:
             self._offer(node)
         return set()
@@ -395,16 +367,21 @@ class KvCache:
             got = self.host.allocate(1)
         return None if got is None else got[0]
 
+    def spill(self, node: Node) -> bool:
+        """A copy of its block on the host, where it has none yet. False: there is no place."""
+        place = None if self.host is None else self.take_place()
+        if place is None:
+            return False
+        self._copies.append(BlockCopy("spill", node.block, place))
+        self.num_moved["out", "host"] += 1
+        self.put(node, place)
+        return True
+
     def put(self, node: Node, place: int) -> None:
         """`place`, which the caller owns, is the node's from now on."""
         node.place = place
         self._by_place[place] = node
         self._offer(node)
-
-    @property
-    def _may_write(self) -> bool:
-        assert self.host is not None
-        return len(self._writing) * _WRITING_SHARE < self.host.limit
 
     def _may_leave_device(self, node: Node) -> bool:
         return (
@@ -434,13 +411,8 @@ class KvCache:
         if node is None:
             return False
         whole = not self.pool.is_trimmed(node.block)
-        if whole and node.place == NONE and self.host is not None:
-            place = self.take_place()
-            if place is not None:
-                self._copies.append(BlockCopy("spill", node.block, place))
-                self.num_moved["out", "host"] += 1
-                self.put(node, place)
-                self._write(node)
+        if whole and node.place == NONE and self.spill(node):
+            self.writes.begin(node)
         self._leave_device(node)
         if node.place == NONE:
             for below in reversed(list(self.tree.nodes(node))):
@@ -508,23 +480,6 @@ class KvCache:
             return None
         return digest_of(node)
 
-    def _note_unsaved(self, node: Node) -> None:
-        """An engine that is never at rest never calls `save`: what is gone is dropped by and by."""
-        if len(self._unsaved) > 2 * self.tree.num_nodes + 64:
-            there = (n for n in self._unsaved if n.block != NONE or n.place != NONE)
-            self._unsaved = deque(dict.fromkeys(there))  # each once
-        self._unsaved.append(node)
-
-    def _write(self, node: Node) -> None:
-        """Begin to write a spilled block to disk, which owns its place until that is done."""
-        assert self.host is not None
-        if self.disk is None or not self._may_write:
-            return
-        name = digest_of(node)
-        if self.disk.write(name, node.place):
-            self.host.retain((node.place,))
-            self._writing[name] = node.place
-
     # --- invariants --------------------------------------------------------------------------
 
     def check(self) -> None:
@@ -543,7 +498,7 @@ class KvCache:
         assert len(held) == sum(self.pool.is_held(b) for b in range(self.pool.capacity))
         if self.host is not None:
             self.host.check()
-            owned = places | set(self._writing.values()) | self.reads.places()
+            owned = places | self.writes.places() | self.reads.places()
             assert owned == {p for p in range(self.host.limit) if self.host.num_owners(p)}
         if self.disk is not None:
             self.disk.check()

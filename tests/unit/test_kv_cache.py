@@ -331,6 +331,6 @@ def test_what_is_dropped_of_the_unsaved_is_only_what_is_gone() -> None:
         root, node, owned = start(kv, 100 + i)
         kv.release(root, node, owned)
         kv.discard(node)
-    kept = {node.depth for node in kv._unsaved if node.block >= 0}
-    assert kept == {1, 2} and spilled in kv._unsaved
-    assert len(kv._unsaved) <= 2 * kv.tree.num_nodes + 66
+    kept = {node.depth for node in kv.writes._unsaved if node.block >= 0}
+    assert kept == {1, 2} and spilled in kv.writes._unsaved
+    assert len(kv.writes._unsaved) <= 2 * kv.tree.num_nodes + 66

@@ -236,7 +236,7 @@ def test_of_places_that_cannot_be_had_less_is_read() -> None:
     kv = with_files((8, 9), num_places=4, num_blocks=3)
     grow(kv, 1, 2, 3)
     kv.pool.release(kv.allocate(3) or ())
-    assert kv.host is not None and kv.host.num_free == 1 and len(kv._writing) == 1
+    assert kv.host is not None and kv.host.num_free == 1 and len(kv.writes.places()) == 1
     kv.take_disk_ops()
     job = begin(kv, 8, 9)
     assert reads(kv) == names_of(8)
@@ -337,7 +337,7 @@ def test_random_sequences_over_a_slow_and_failing_disk(seed: int) -> None:
         kv.release(*running)
     work(1000)
     work(1000)
-    assert not jobs and not kv.reads._jobs and not kv.reads._waits and not kv._writing
+    assert not jobs and not kv.reads._jobs and not kv.reads._waits and not kv.writes.places()
     assert {name for name in files if not kv.disk.knows(name)} == set(), "a file nobody knows of"
     kv.shrink()
     work(1000)

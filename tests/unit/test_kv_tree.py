@@ -349,7 +349,7 @@ def test_a_disk_that_rests_holds_on_to_nothing_and_saves_again_afterwards() -> N
     grow(kv, 1, 2)
     assert kv.save() and answer_writes(kv, "No space left") == 2
     grow(kv, 3, 4)
-    assert not kv.save() and len(kv._unsaved) == 0
+    assert not kv.save() and kv.writes.num_unsaved == 0
     clock.advance(FIRST_REST_SECONDS)
     grow(kv, 5, 6)
     assert kv.save() and answer_writes(kv, None) == 1, "one, to see"
@@ -364,7 +364,7 @@ def test_an_engine_that_never_rests_forgets_what_it_did_not_save() -> None:
     for i in range(1000):
         grow(kv, i % 900, i % 7, 5)
         answer_writes(kv, None)
-    assert len(kv._unsaved) <= 2 * kv.tree.num_nodes + 65
+    assert kv.writes.num_unsaved <= 2 * kv.tree.num_nodes + 65
 
 
 def test_deadlines_of_requests_that_are_gone_are_forgotten() -> None:

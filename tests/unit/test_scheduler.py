@@ -343,7 +343,7 @@ def test_what_is_computed_is_charged_to_its_caller(overlap: bool) -> None:
     computed = {seq_id: 0 for seq_id in loop.sequences}
     for chunk in (chunk for plan in loop.plans for chunk in plan.chunks):
         computed[chunk.seq] += chunk.stop - chunk.start
-    used = loop.scheduler._others.shares.used
+    used = loop.scheduler._queues._others.shares.used
     assert (used("a"), used("b")) == (computed[0], computed[1] / 2)
     loop.run()
 

@@ -168,10 +168,10 @@ def check_random_load(seed: int) -> None:
     load.finish()
     # Nothing is left of anybody: no claim on a place, no memory of a request.
     assert kv.pool.num_free == kv.pool.limit
-    assert not kv.reads._jobs and not kv.reads._waits and not kv._writing
+    assert not kv.reads._jobs and not kv.reads._waits and not kv.writes.places()
     assert not kv._marks._nodes and not kv._marks._files
     assert not scheduler._deadlines._live and not len(scheduler._fetching)
-    for queue in (scheduler._others, scheduler._lines):
+    for queue in (scheduler._queues._others, scheduler._queues._lines):
         assert not len(queue) and not queue.shares._num_requests
     if kv.host is not None:
         assert None not in [kv.take_place() for _ in range(kv.host.limit)], "a place is stuck"
