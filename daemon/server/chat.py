@@ -47,6 +47,7 @@ _UNSERVED = (
     "function_call",
     "modalities",
     "audio",
+    "moderation",
     "web_search_options",
     "thinking_token_budget",
     "add_special_tokens",

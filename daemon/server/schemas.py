@@ -240,6 +240,7 @@ class ChatBody(GenerationBody, kw_only=True):
     function_call: Annotated[Any, _REFUSED, one_of(*_NOTHING, "none", "auto")] = None
     modalities: Annotated[list[str] | None, _REFUSED, one_of(None, [], ["text"])] = None
     audio: Refused = None
+    moderation: Refused = None
     web_search_options: Refused = None
     thinking_token_budget: Refused = None
 

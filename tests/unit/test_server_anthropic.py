@@ -81,6 +81,7 @@ async def test_a_message(served: Served) -> None:
         "usage": {
             "input_tokens": num_prompt,
             "output_tokens": 3,
+            "output_tokens_details": {"thinking_tokens": 0},
             "cache_read_input_tokens": 0,
             "cache_creation_input_tokens": 0,
         },
@@ -101,6 +102,14 @@ async def test_fields_reach_the_engine(served: Served) -> None:
     sampling = served.engine.requests[0].sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 7)
     assert sampling.max_tokens == 200
+
+
+async def test_the_system_may_speak_in_the_middle(served: Served) -> None:
+    said = [{"type": "text", "text": "Be"}, {"type": "text", "text": "brief."}]
+    await message(served, messages=[*ASK["messages"], {"role": "system", "content": said}])
+    assert prompt_of(served) == "[user]hi[system]Be\nbrief.[assistant]"
+    image = {"role": "system", "content": [{"type": "image"}]}
+    assert "content[0]: blocks" in await refused(served, messages=[*ASK["messages"], image])
 
 
 async def test_how_it_ends(served: Served) -> None:
@@ -181,6 +190,9 @@ async def test_thinking_is_shown_to_who_asks(served: Served) -> None:
     thinking = {"type": "enabled", "budget_tokens": 1024}
     reply = await message(served, thinking=thinking)
     assert reply["content"][0] == {"type": "thinking", "thinking": "hm", "signature": ""}
+    assert reply["usage"]["output_tokens_details"]["thinking_tokens"] == len("hm</think>")
+    streamed = await events(served, thinking=thinking)
+    assert streamed[-2]["usage"] == reply["usage"]
     served.engine.answer = lambda request: spoken("<think>hm</think>ok", "stop")
     for fields in ({}, {"thinking": {"type": "disabled"}}):
         assert (await message(served, **fields))["content"] == [{"type": "text", "text": "ok"}]

@@ -185,6 +185,7 @@ UNSERVED: list[tuple[str, Any]] = [
     ("guided_whitespace_pattern", " "),
     ("modalities", ["text", "audio"]),
     ("audio", {"voice": "x"}),
+    ("moderation", {"model": "omni-moderation-latest"}),
     ("web_search_options", {"a": 1}),
     ("web_search_options", {}),
     ("prompt_logprobs", 0),

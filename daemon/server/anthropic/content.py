@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import msgspec
 
 from quantd.daemon.errors import RequestError
-from quantd.daemon.server.anthropic.schemas import Block, CountBody
+from quantd.daemon.server.anthropic.schemas import ROLES, Block, CountBody
 from quantd.daemon.server.schemas import ContentPart, Json, Message
 
 _MEDIA = ("image", "document", "search_result", "container_upload")
@@ -25,12 +25,15 @@ def read_messages(body: CountBody) -> list[Message]:
     names: dict[str, str] = {}
     for index, message in enumerate(body.messages):
         where, content = f"messages[{index}]", message.content
-        if message.role not in ("user", "assistant"):
+        if message.role not in ROLES:
             raise RequestError(
-                f"{where}.role must be 'user' or 'assistant', got {message.role[:64]!r}",
+                f"{where}.role must be 'user', 'assistant' or 'system', got {message.role[:64]!r}",
                 param=f"{where}.role",
             )
-        if isinstance(content, str):
+        if message.role == "system":
+            text = content if isinstance(content, str) else _texts(content, f"{where}.content")
+            made.append(Message("system", text))
+        elif isinstance(content, str):
             made.append(Message(message.role, content))
         elif message.role == "assistant":
             made.append(_assistant(content, f"{where}.content", names))

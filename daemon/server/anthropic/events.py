@@ -29,10 +29,15 @@ _REASONS = {
 }
 
 
+class OutputDetails(msgspec.Struct):
+    thinking_tokens: int
+
+
 class Usage(msgspec.Struct):
     input_tokens: int
     """Without those that were cached, as Anthropic counts."""
     output_tokens: int
+    output_tokens_details: OutputDetails
     cache_read_input_tokens: int
     cache_creation_input_tokens: int = 0
     """What Anthropic bills for; here nothing is."""
@@ -70,7 +75,8 @@ def message_object(made: Generation, result: Delta, *, shows_thinking: bool) -> 
 def usage_of(made: Generation) -> Usage:
     usage = made.usage()
     num_cached = usage.prompt_tokens_details.cached_tokens
-    return Usage(usage.prompt_tokens - num_cached, usage.completion_tokens, num_cached)
+    thinking = OutputDetails(usage.completion_tokens_details.reasoning_tokens)
+    return Usage(usage.prompt_tokens - num_cached, usage.completion_tokens, thinking, num_cached)
 
 
 def stop_of(delta: Delta) -> tuple[str, str | None]:
@@ -177,7 +183,9 @@ class MessageEvents:
     def _begin(self) -> bytes:
         self._is_begun = True
         made = self._made
-        usage = msgspec.structs.replace(usage_of(made), output_tokens=0)
+        usage = msgspec.structs.replace(
+            usage_of(made), output_tokens=0, output_tokens_details=OutputDetails(0)
+        )
         message = MessageObject(made.id, made.model, [], None, None, usage)
         return event("message_start", message=message) + event("ping")
 

@@ -25,8 +25,11 @@ class Block(msgspec.Struct):
     content: str | list[Block] | None = None
 
 
+ROLES = ("user", "assistant", "system")
+
+
 class InputMessage(msgspec.Struct):
-    role: Annotated[str, one_of("user", "assistant")]
+    role: Annotated[str, one_of(*ROLES)]
     content: str | list[Block]
 
 
