@@ -201,8 +201,11 @@ class ChatChunks:
         parts: list[bytes] = []
         index, template = delta.index, self._template
         if index not in self._begun:
+            first = template.chunk(index, b'"delta":{"role":"assistant","content":""}')
+            if not self._begun:  # a member of the chunk, as of a whole reply
+                first = first[: -len(b"}\n\n")] + template.prompt_ids(index) + b"}\n\n"
             self._begun.add(index)
-            parts.append(template.chunk(index, b'"delta":{"role":"assistant","content":""}'))
+            parts.append(first)
         shown = delta.parts
         if self._hides_reasoning:
             shown = [part for part in shown if not isinstance(part, Reasoning)]

@@ -49,6 +49,8 @@ class ChatChunk(Struct):
     """Empty in the one with the usage."""
     usage: Usage | None | UnsetType = UNSET
     service_tier: str | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    """In the first one."""
     prompt_filter_results: list[PromptResult] | UnsetType = UNSET
 
 

@@ -177,10 +177,22 @@ class Echo:
         self._choice = made.choices[index]
         shown = OutputText(made.text, (), skip_special_tokens=made.options.skip_special_tokens)
         fed = shown.feed(prompt.ids)
-        # Half a character at the end comes whole with the output, if there is one.
-        tail = shown.flush().text if made.options.max_tokens == 0 else ""
-        self.text = fed.text + tail if prompt.text is None else prompt.text
-        self._offsets = fed.offsets
+        self._offsets: Sequence[int] = fed.offsets
+        if prompt.text is None:
+            # Half a character at the end comes whole with the output, if there is one.
+            tail = shown.flush().text if made.options.max_tokens == 0 else ""
+            self.text = fed.text + tail
+        else:
+            self.text = prompt.text
+            if fed.text != self.text:
+                self._offsets = self._of_special_tokens(made.text) or fed.offsets
+
+    def _of_special_tokens(self, text: TextModel) -> list[int] | None:
+        """Where the caller has written special tokens, which the text then has; those that the
+        tokenizer has put around it have no place of their own. None: that is not why it differs."""
+        fed = OutputText(text, (), skip_special_tokens=False).feed(self._ids)
+        start = fed.text.find(self.text)
+        return None if start < 0 else [max(0, offset - start) for offset in fed.offsets]
 
     def entries(self) -> list[TokenEntry]:
         logprobs = self._choice.prompt_logprobs or (None,) * len(self._ids)
@@ -246,22 +258,26 @@ class CompletionChunks:
     def encode(self, delta: Delta) -> bytes:
         """The events of one delta, in one piece: the echoed prompt, text, finish."""
         template, index, made = self._template, delta.index, self._made
-        text, logprobs = delta.text, None
-        if self._echoes and index not in self._bases:
+        text, logprobs, prompt_ids = delta.text, None, b""
+        is_first = index not in self._bases
+        if is_first:
+            self._bases[index] = 0
+            prompt_ids = template.prompt_ids(index)
+        if is_first and self._echoes:
             echo = Echo(made, index)
             self._bases[index] = len(echo.text)
             text = echo.text + text
             logprobs = _echoed_logprobs(made, echo, delta)
         elif delta.entries:
-            base = self._bases.get(index, 0)
+            base = self._bases[index]
             logprobs = completion_logprobs(made.text, made.options, delta.entries, base)
         data = b""
-        if text or delta.entries or logprobs is not None:
+        if text or delta.entries or logprobs is not None or prompt_ids:
             data = template.chunk(
                 index,
                 b'"text":' + msgspec.json.encode(text),
                 b"null" if logprobs is None else msgspec.json.encode(logprobs),
-                extra=template.token_ids(delta),
+                extra=template.token_ids(delta) + prompt_ids,
             )
         if delta.finish_reason is not None:
             data += template.finish(b'"text":""', delta)

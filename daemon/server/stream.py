@@ -129,6 +129,12 @@ class ChunkTemplate:
         ids = token_ids(self._made.options, delta)
         return b"" if ids is msgspec.UNSET else b',"token_ids":' + msgspec.json.encode(ids)
 
+    def prompt_ids(self, index: int) -> bytes:
+        """The same of the prompt that a choice goes on from; in its first chunk."""
+        if not self._made.options.return_token_ids:
+            return b""
+        return b',"prompt_token_ids":' + msgspec.json.encode(self._made.prompt_of(index).ids)
+
     def end(self) -> bytes:
         if not self._made.options.include_usage:
             return DONE

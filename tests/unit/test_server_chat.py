@@ -459,6 +459,10 @@ async def test_token_ids_come_with_the_stop_token() -> None:
         _, reply = await served.post(CHAT, {**HELLO, "return_token_ids": True})
         assert reply["choices"][0]["token_ids"] == [ord("o"), ord("k"), EOS]
         assert reply["prompt_token_ids"] == list(served.engine.requests[0].prompt)
+        body = {**HELLO, "return_token_ids": True, "n": 2, "stream": True}
+        first, *others = await served.chunks(CHAT, body)
+        assert first["prompt_token_ids"] == reply["prompt_token_ids"]
+        assert not any("prompt_token_ids" in chunk for chunk in others)
 
 
 async def test_an_engine_error_is_a_503() -> None:

@@ -147,6 +147,18 @@ async def test_echo_with_logprobs_aligns() -> None:
         assert (sampling.logprobs, sampling.prompt_logprobs) == (1, 1)
 
 
+@pytest.mark.parametrize("skips", [True, False])
+async def test_echo_of_special_tokens_that_the_caller_has_written(skips: bool) -> None:
+    async with serving() as served:
+        served.engine.answer = lambda request: spoken("c")
+        body = {"prompt": "a<end>b", "echo": True, "logprobs": 0, "skip_special_tokens": skips}
+        _, reply = await served.post(URL, body)
+        choice = reply["choices"][0]
+        assert choice["text"] == "a<end>bc"
+        assert choice["logprobs"]["tokens"] == ["<s>", "a", "<end>", "b", "c"]
+        assert choice["logprobs"]["text_offset"] == [0, 0, 1, 6, 7]
+
+
 async def test_echo_of_token_ids_decodes_them() -> None:
     async with serving() as served:
         served.engine.answer = lambda request: spoken("!")
@@ -262,6 +274,14 @@ async def test_token_ids_for_each_choice() -> None:
         _, reply = await served.post(URL, {"prompt": ["a", "b"], "return_token_ids": True})
         assert [c["token_ids"] for c in reply["choices"]] == [[120], [120]]
         assert [c["prompt_token_ids"] for c in reply["choices"]] == [[BOS, 97], [BOS, 98]]
+        body = {"prompt": ["a", "b"], "return_token_ids": True, "stream": True}
+        seen = {}
+        for chunk in await served.chunks(URL, body):
+            for choice in chunk["choices"]:
+                is_first = choice["index"] not in seen
+                assert is_first == ("prompt_token_ids" in choice)
+                seen.setdefault(choice["index"], choice.get("prompt_token_ids"))
+        assert seen == {0: [BOS, 97], 1: [BOS, 98]}
 
 
 async def test_a_stream_has_every_token_id_also_those_without_text() -> None:
