@@ -111,7 +111,7 @@ class Constraint:
     def advance(self, sampled: Sampled) -> Sampled:
         """Take in what was sampled; gives it back with what it means for the grammar."""
         if self.error is not None:
-            return msgspec.structs.replace(sampled, error=self.error)
+            return msgspec.structs.replace(sampled, error=self.error, is_excluded=True)
         if sampled.error is not None or sampled.token in self._stop:
             self.error = _ENDED
             return sampled
@@ -121,7 +121,7 @@ class Constraint:
             return sampled
         self.error = _error_of(self.matcher) or _ENDED
         if self.error is not _ENDED:
-            return msgspec.structs.replace(sampled, error=self.error)
+            return msgspec.structs.replace(sampled, error=self.error, is_excluded=True)
         return msgspec.structs.replace(sampled, complete=True)
 
 
@@ -383,4 +383,7 @@ def _error_of(matcher: LLMatcher) -> str:
     """Empty: there is none."""
     if not matcher.is_error():
         return ""
-    return f"the grammar cannot go on: {first_line(matcher.get_error())}"
+    reason = first_line(matcher.get_error())
+    if reason == "NoExtensionBias":
+        reason = "nothing may follow what was said, and it is not whole; a $ref to itself does that"
+    return f"the grammar cannot go on: {reason}"

@@ -402,6 +402,16 @@ def test_an_output_that_is_none_of_the_grammars_ends_only_its_own(letters: Decod
     assert said[1].token == ord("a")
 
 
+def test_a_dead_end_is_the_requests_own_fault(letters: Decoding) -> None:
+    """Or clients would send it again, and again."""
+    endless = {"a": {"$ref": "#/$defs/r"}}
+    schema = {"type": "object", "properties": endless, "$defs": {"r": {"$ref": "#/$defs/r"}}}
+    assert letters.run(of(schema), prefers(letters, b"{}"))[1] == b"{}"
+    row = SampleRow(1, SamplingParams(9, grammar=of(schema)), [0, *b'{"a":'], 1)
+    (said,) = letters.step([(row, letters.open(row))], torch.zeros(1, VOCAB_SIZE))
+    assert said.is_excluded and "nothing may follow" in (said.error or "")
+
+
 def test_compiling_beside_the_steps(demo: Decoding) -> None:
     answers: list[GrammarCompiled] = []
     demo.grammars.compile(CompileGrammar(1, of(PERSON)), answers.append)
