@@ -21,6 +21,9 @@ class Checked(NamedTuple):
     """Why each of the others may not, for the log and the API."""
 
 
+_of_device: dict[torch.device, Checked] = {}
+
+
 @cache
 def checked(device: torch.device, dtype: torch.dtype) -> Checked:
     """For activations of `dtype`. The first call compiles and runs every operation on the device,
@@ -33,4 +36,11 @@ def checked(device: torch.device, dtype: torch.dtype) -> Checked:
         found = check(device, dtype)
     for problem in found.problems:
         _log.warning("%s, %s: %s", device, dtype, problem)
+    _of_device[device] = found
     return found
+
+
+def checked_for_bytes(device: torch.device) -> Checked:
+    """For what moves bytes, whatever they mean: of the activations that were checked last. Nothing,
+    where none were."""
+    return _of_device.get(device, Checked({}, ()))

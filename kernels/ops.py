@@ -14,7 +14,7 @@ import torch
 
 from quantd.kernels import reference, sdpa
 from quantd.kernels.batch import BLOCK_SIZE, AttentionBatch
-from quantd.kernels.checked import checked
+from quantd.kernels.checked import checked, checked_for_bytes
 from quantd.kernels.cpu.grouped import GroupedWeight
 from quantd.kernels.cpu.library import Library, open_library
 from quantd.kernels.cpu.linear import (
@@ -116,6 +116,14 @@ def _other(specification: _Operation, x: torch.Tensor) -> _Operation:
     return specification
 
 
+def _mover(specification: _Operation, x: torch.Tensor) -> _Operation:
+    """The operation for blocks, which may also hold what nobody computes with: e4m3."""
+    if x.is_cuda and x.dtype not in DTYPES:
+        found = checked_for_bytes(x.device).operations.get(specification.__name__, specification)
+        return cast(_Operation, found)
+    return _other(specification, x)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [..., H], weight fp32 [H]. x may be a view [T, heads, H] of a fused buffer."""
     lib = _native(x)
@@ -210,20 +218,20 @@ def copy_blocks(pools: Sequence[torch.Tensor], copies: Sequence[tuple[int, int]]
     """For each (source, target), one after another in order: the block `target` of every pool
     becomes what the block `source` is at that time. Pools are of one shape and dtype."""
     if pools:
-        _other(reference.copy_blocks, pools[0])(pools, copies)
+        _mover(reference.copy_blocks, pools[0])(pools, copies)
 
 
 def gather_blocks(pools: Sequence[torch.Tensor], blocks: Sequence[int], rows: torch.Tensor) -> None:
     """The first rows of `rows` [n, pools * numbers of a block] become these blocks of all pools,
     one pool after another in a row. Pools are of one shape, rows of their dtype."""
-    _other(reference.gather_blocks, rows)(pools, blocks, rows)
+    _mover(reference.gather_blocks, rows)(pools, blocks, rows)
 
 
 def scatter_blocks(
     rows: torch.Tensor, pools: Sequence[torch.Tensor], blocks: Sequence[int]
 ) -> None:
     """The way back, one row after another: a block that comes twice has the later row."""
-    _other(reference.scatter_blocks, rows)(rows, pools, blocks)
+    _mover(reference.scatter_blocks, rows)(rows, pools, blocks)
 
 
 def sample_rows(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:

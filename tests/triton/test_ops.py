@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from quantd.kernels import ops, reference
+from quantd.kernels import checked, ops, reference
 from quantd.kernels.batch import BLOCK_SIZE, AttentionBatch
-from quantd.kernels.triton import norms
+from quantd.kernels.triton import copies, norms
 from quantd.kernels.triton.check import CASES
 
 
@@ -92,6 +92,19 @@ def test_what_passed_the_check_is_taken_on_a_gpu(monkeypatch: pytest.MonkeyPatch
     assert ops._other(reference.rotary, on("cuda", half)) is reference.rotary
     assert ops._other(reference.rms_norm, on("cuda", torch.float64)) is reference.rms_norm
     assert ops._other(reference.rms_norm, on("cpu", half)) is reference.rms_norm
+
+
+def test_blocks_of_e4m3_are_moved_by_what_passed_for_any_activations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = torch.device("cuda:7")
+    monkeypatch.setattr(ops, "checked", lambda *_: pytest.fail("nothing is compiled for that"))
+    pool = SimpleNamespace(is_cuda=True, dtype=torch.float8_e4m3fn, device=device)
+    assert ops._mover(reference.copy_blocks, pool) is reference.copy_blocks
+    passed = checked.Checked({"copy_blocks": copies.copy_blocks}, ())
+    monkeypatch.setitem(checked._of_device, device, passed)
+    assert ops._mover(reference.copy_blocks, pool) is copies.copy_blocks
+    assert ops._mover(reference.gather_blocks, pool) is reference.gather_blocks
 
 
 def test_notes_say_what_was_left_out_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
