@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -67,6 +67,20 @@ def failure_of(event: TokenEvent) -> QuantdError | None:
     if reason in ("error", "abort"):
         return Unavailable(event.error or "the request was aborted")
     return None
+
+
+def _singly(event: TokenEvent) -> Iterator[TokenEvent]:
+    """The same as events of one token each; the end comes with the last."""
+    last = len(event.tokens) - 1
+    if last <= 0:
+        yield event
+        return
+    for i, token in enumerate(event.tokens):
+        reason = event.finish_reason if i == last else None
+        logprobs = event.logprobs[i : i + 1]
+        yield msgspec.structs.replace(
+            event, tokens=(token,), logprobs=logprobs, finish_reason=reason
+        )
 
 
 def is_object(text: str) -> bool:
@@ -149,19 +163,27 @@ class Choice:
             self._failure = failure_of(event)
             if self._failure is not None:  # its tokens come first: they may hold the end
                 event = msgspec.structs.replace(event, finish_reason=None)
-            delta = self._take(event)
-            if self._screen is not None:
-                await self._screened(self._screen, delta)
+            if self._screen is None:
+                delta = self._take(event)
+            else:
+                delta = await self._screened(self._screen, event)
             shown = delta.text if self._parser is None else delta.parts
             if shown or delta.entries or delta.finish_reason is not None:
                 return delta
         raise self._failure
 
-    async def _screened(self, screen: OutputScreen, delta: Delta) -> None:
-        await screen.take(delta)
-        self.finish_reason = delta.finish_reason
-        if delta.finish_reason is not None:
-            self._stream.stop()
+    async def _screened(self, screen: OutputScreen, event: TokenEvent) -> Delta:
+        """Token by token: those behind a block are not counted either."""
+        shown = Delta(self.index)
+        for one in _singly(event):
+            delta = self._take(one)
+            await screen.take(delta)
+            shown.add(delta)
+            self.finish_reason = delta.finish_reason
+            if delta.finish_reason is not None:
+                self._stream.stop()
+                break
+        return shown
 
     def _take(self, event: TokenEvent) -> Delta:
         if event.prompt_logprobs:

@@ -213,6 +213,19 @@ async def test_log_probabilities_tell_nothing_of_what_was_taken_out() -> None:
             assert not any(c["choices"][0]["logprobs"] for c in chunks)
 
 
+async def test_tokens_behind_a_block_do_not_count_however_they_came() -> None:
+    async with filtering(BLOCK_OUTPUT) as served:
+        says = "to a@b.de, a bad thing, and more"
+        whole = Answer([says[:4].encode(), says[4:].encode()], "length")
+        counts = []
+        for answer in (spoken(says), whole, Answer([says.encode()], "length")):
+            served.engine.answer = lambda request, answer=answer: answer
+            reply = await ok(served, CHAT, ask(logprobs=True))
+            assert reply["choices"][0]["message"]["content"] == "to [pii], a "
+            counts.append(reply["usage"]["completion_tokens"])
+        assert len(set(counts)) == 1 and counts[0] < len(says)
+
+
 async def test_an_answer_that_is_too_long() -> None:
     given = safety(policy(output={"long": "block"}))
     async with filtering(given, "x" * 50) as served:
