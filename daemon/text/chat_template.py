@@ -65,6 +65,10 @@ class ChatTemplate:
                 param="continue_final_message",
             )
         converted = template_messages(messages)
+        if not self._knows_developers:
+            for message in converted:
+                if message.get("role") == "developer":
+                    message["role"] = "system"
         mark = _mark_final_message(converted) if continue_final_message else None
         text = self._run(
             {
@@ -85,6 +89,12 @@ class ChatTemplate:
                 param="continue_final_message",
             )
         return text[:cut]
+
+    @functools.cached_property
+    def _knows_developers(self) -> bool:
+        """Else the role is shown as "system", whose newer name it is: many templates, Qwen's among
+        them, pass over a role that they do not know, and the model never sees what it said."""
+        return "developer" in self._source
 
     @functools.cached_property
     def _template(self) -> Template:

@@ -77,7 +77,7 @@ async def test_all_roles_and_text_parts_reach_the_template() -> None:
         status, _ = await served.post(CHAT, {"messages": messages})
         assert status == 200
         assert prompt_text(served.engine.requests[0].prompt) == (
-            "[system]s[developer]d[user]a\nb[assistant][tool]t[assistant]"
+            "[system]s[system]d[user]a\nb[assistant][tool]t[assistant]"
         )
 
 

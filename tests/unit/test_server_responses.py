@@ -161,7 +161,7 @@ ITEMS: list[dict[str, Any]] = [
 async def test_items_become_messages(served: Served) -> None:
     reply = await ask(served, ITEMS)
     assert prompt(served) == (
-        "[developer]terse[user]weather?[assistant][tool]sun[tool]noon"
+        "[system]terse[user]weather?[assistant][tool]sun[tool]noon"
         "[assistant]sunny noon[user]and now?[assistant]"
     )
     _, page = await served.get(f"{URL}/{reply['id']}/input_items?order=asc&limit=50")
@@ -285,7 +285,7 @@ async def test_calls_and_their_outputs_stay_in_a_chain(served: Served) -> None:
     output = {"type": "function_call_output", "call_id": "c1", "output": "sun"}
     await ask(served, [output], previous_response_id=first["id"])
     assert "[tool]sun" in prompt(served)
-    assert prompt(served).startswith("[developer]terse[user]weather?[assistant]")
+    assert prompt(served).startswith("[system]terse[user]weather?[assistant]")
 
 
 async def test_a_call_that_was_cut_off_does_not_end_the_conversation(tmp_path: Path) -> None:

@@ -100,6 +100,15 @@ def test_tool_call_arguments_become_objects() -> None:
         assert error.param == "messages"
 
 
+def test_no_template_passes_over_developers() -> None:
+    source = "{% for m in messages %}{% if m.role in ['system', 'user'] %}{{ m.role }} {% endif %}"
+    messages = [{"role": "developer", "content": "d"}, *USER]
+    assert render(source + "{% endfor %}", messages) == "system user "
+    assert messages[0]["role"] == "developer"
+    knowing = "{% for m in messages %}{{ m.role }} {% endfor %}{# developer #}"
+    assert render(knowing, messages) == "developer user "
+
+
 def test_reasoning_has_one_name() -> None:
     messages = [{"role": "assistant", "content": "a", "reasoning": "why"}]
     source = "{{ messages[0].reasoning_content }}{{ messages[0].thinking }}"
