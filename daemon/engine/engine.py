@@ -205,7 +205,8 @@ class Engine:
         if self._refusal is None:
             self._refusal = "the daemon is shutting down"
         try:
-            await asyncio.wait_for(self._idle.wait(), seconds)
+            async with asyncio.timeout(seconds):  # `wait_for` of 0 s fails also where nothing waits
+                await self._idle.wait()
         except TimeoutError:
             self._end("shutting down")
             return False
@@ -221,7 +222,7 @@ class Engine:
         flights: deque[tuple[StepPlan, asyncio.Future[StepResult]]] = deque()
         done: _Step | None = None
         while not self._ended:
-            plan = scheduler.plan(self._clock()) if scheduler.may_plan else None
+            plan = scheduler.plan(self._clock())
             try:
                 if plan is not None:
                     flights.append((plan, self._execute(plan)))

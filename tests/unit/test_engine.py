@@ -95,6 +95,8 @@ async def test_requests_get_their_own_tokens() -> None:
             assert result == TokenEvent(expected(prompt, 8), finish_reason="length")
         b.check_baseline()
         assert b.engine.stats().finished == 10
+        assert b.engine.stats().steps == len(b.executor.plans)
+        assert b.engine.stats().generated_tokens == 80
 
 
 async def test_it_sleeps_when_there_is_nothing_to_do() -> None:
@@ -254,12 +256,15 @@ async def test_a_bug_of_ours_ends_the_engine_and_not_the_daemon() -> None:
 async def test_drain_lets_requests_finish() -> None:
     async with bench() as b:
         stream = b.submit(max_tokens=30)
+        b.executor.pause()
         drained = asyncio.create_task(b.engine.drain(60))
         await settle()
         with pytest.raises(Unavailable, match="shutting down"):
             b.submit()
+        assert not drained.done() and not b.engine.has_ended
+        b.executor.resume()
         assert (await whole(stream)).finish_reason == "length"
-        await drained
+        assert await drained is True
         b.check_baseline()
 
 
@@ -268,12 +273,33 @@ async def test_drain_ends_what_is_left_at_the_deadline() -> None:
         b.executor.pause()
         stream = b.submit()
         await settle()
-        await b.engine.drain(0)
+        assert await b.engine.drain(0) is False
+        assert b.engine.has_ended
         result = await whole(stream)
         assert (result.finish_reason, result.error) == ("error", "shutting down")
         b.executor.resume()
         await b.task
         b.check_baseline()
+
+
+async def test_an_engine_at_rest_is_drained_at_once() -> None:
+    async with bench() as b:
+        assert await b.engine.drain(0) is True
+        with pytest.raises(Unavailable, match="shutting down"):
+            b.submit()
+
+
+async def test_a_loop_that_is_cancelled_ends_its_requests() -> None:
+    async with bench() as b:
+        stream = b.submit(max_tokens=100)
+        await anext(stream)
+        b.task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await b.task
+        assert (await whole(stream)).error == "the engine was stopped"
+        b.check_baseline()
+        b.task = asyncio.create_task(b.engine.run())
+        assert await b.task == "the engine was stopped"
 
 
 async def test_close_ends_requests_and_the_worker() -> None:
@@ -437,6 +463,29 @@ async def test_who_waited_for_the_disk_in_vain_leaves_nothing_behind_either(
     await asyncio.sleep(0.01)
     await settle()
     assert executor.released == [[(2, 3)]]
+    await engine.close()
+    await running
+
+
+async def test_what_is_saved_at_rest_goes_when_it_is_deleted() -> None:
+    executor = FakeExecutor()
+    tables = make_tables(64, num_places=32, disk_files=50)
+    scheduler = Scheduler(tables, SchedulerSettings(), executor.info.max_context)
+    engine = Engine(executor, executor.info, scheduler, EngineMetrics(), ManualClock())
+    running = asyncio.create_task(engine.run())
+    for mark in ("a", "b", "c"):
+        prompt = [ord(mark)] * 40
+        await whole(engine.submit(make_request(prompt, max_tokens=1, mark=mark)))
+    await settle()
+    assert len(executor.worker.files) == 6
+    engine.forget("a")
+    await settle()
+    assert len(executor.worker.files) == 4
+    engine.unmark("b")
+    engine.forget("b")
+    await settle()
+    assert (len(executor.worker.files), tables.kv.tree.num_nodes) == (4, 4)
+    engine.check()
     await engine.close()
     await running
 

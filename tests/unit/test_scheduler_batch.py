@@ -67,6 +67,23 @@ def test_alone_lines_get_all() -> None:
     assert BatchShare().divide(10, [3], []) == [3]
 
 
+def test_lines_take_no_token_that_one_of_the_others_needs() -> None:
+    share = BatchShare()
+    for _ in range(100):
+        share.divide(64, [64], [64])
+    assert share.divide(8, [5] * 8, [64]) == [1] * 8 + [0]
+    assert share.divide(8, [1] * 6, [64]) == [1] * 6 + [1]
+
+
+def test_what_lines_did_not_use_is_not_saved_up() -> None:
+    """At most a tenth of a step, and the token that it may be short of."""
+    share = BatchShare()
+    for _ in range(1000):
+        share.divide(60, [60], [1])
+    assert share.divide(60, [1], [60]) == [1, 7]
+    assert share.divide(60, [1], [60]) == [1, 0]
+
+
 # --- who starts, who makes way --------------------------------------------------------------------
 
 

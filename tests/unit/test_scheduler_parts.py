@@ -137,6 +137,39 @@ def test_removed_sequences_do_not_pile_up() -> None:
     assert queue.first() is stays
 
 
+# --- callers' shares ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_callers_are_charged_by_weight_and_begin_level_with_those_who_are_there(seed: int) -> None:
+    rng = random.Random(seed)
+    weights = {"a": 0.5, "b": 4.0}
+    shares = CallerShares(weights)
+    requests: dict[str, int] = {}
+    used: dict[str, float] = {}
+    last = 0.0
+    for _ in range(2000):
+        caller, what = rng.choice("abc"), rng.random()
+        if what < 0.4:
+            if caller not in requests:
+                used[caller], requests[caller] = min(used.values(), default=last), 0
+            requests[caller] += 1
+            shares.enter(caller)
+        elif caller not in requests:
+            continue
+        elif what < 0.8:
+            requests[caller] -= 1
+            if not requests[caller]:
+                del requests[caller]
+                last = used.pop(caller)
+            shares.leave(caller)
+        else:
+            used[caller] += 10 / weights.get(caller, 1.0)
+            shares.charge(caller, 10)
+        assert {caller: shares.used(caller) for caller in requests} == used
+        assert shares._used.keys() == shares._num_requests.keys() == requests.keys()
+
+
 # --- deadlines ------------------------------------------------------------------------------------
 
 

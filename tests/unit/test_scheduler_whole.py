@@ -52,6 +52,7 @@ def test_equal_prompts_take_nothing_over() -> None:
     loop.add(48, max_tokens=1, prompt=range(48))
     loop.run()
     assert sum(map(len, lengths(loop))) == 4
+    assert (loop.pool.num_cached, loop.kv.tree.num_nodes) == (0, 0), "nothing is kept for anybody"
 
 
 def test_the_prompt_of_a_displaced_one_is_computed_again_from_its_beginning() -> None:
