@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -99,14 +101,34 @@ async def test_requests_get_their_own_tokens() -> None:
         assert b.engine.stats().generated_tokens == 80
 
 
-async def test_it_sleeps_when_there_is_nothing_to_do() -> None:
+async def test_it_sleeps_when_there_is_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[float] = []
+    plan = Scheduler.plan
+
+    def counted(self: Scheduler, now: float) -> StepPlan | None:
+        looked.append(now)
+        return plan(self, now)
+
+    monkeypatch.setattr(Scheduler, "plan", counted)
     async with bench() as b:
         await whole(b.submit())
         num_plans = len(b.executor.plans)
         await settle()
-        assert len(b.executor.plans) == num_plans
+        num_looked = len(looked)
+        await settle()
+        assert (len(b.executor.plans), len(looked)) == (num_plans, num_looked)
         await whole(b.submit())
         assert len(b.executor.plans) > num_plans
+
+
+async def test_at_rest_it_counts_what_is_in_use() -> None:
+    async with bench() as b:
+        await whole(b.submit())
+        b.scheduler.kv.pool.allocate(1)
+        b.engine.shrink()
+        assert "a block is used by no sequence" in await b.task
+        with pytest.raises(Unavailable, match="internal error in the step loop"):
+            b.submit()
 
 
 async def test_the_next_step_is_on_its_way_before_tokens_are_read() -> None:
@@ -220,6 +242,26 @@ async def test_the_workers_death_ends_every_stream_with_the_reason() -> None:
         with pytest.raises(Unavailable, match="SIGKILL"):
             b.submit()
         b.check_baseline()
+
+
+async def test_the_workers_death_with_two_plans_in_flight_is_one_error() -> None:
+    """The second plan's is nobody's to await, and is not complained of for that."""
+    complaints: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    async with bench(max_running=1) as b:
+        b.executor.pause()
+        streams = [b.submit([n], max_tokens=100) for n in range(3)]  # two of them wait
+        await settle()
+        assert len(b.executor.plans) == 2
+        b.executor.die("killed")
+        assert [(await whole(stream)).error for stream in streams] == ["killed"] * 3
+        assert await b.task == "killed"
+        b.check_baseline()
+        await settle()
+        b.executor._last = None
+        gc.collect()
+        await settle()
+    assert complaints == []
 
 
 async def test_death_while_idle_is_noticed() -> None:
@@ -446,19 +488,21 @@ async def test_after_a_time_at_rest_what_is_free_goes_back_once(
         assert b.executor.released == [[(4, 64)]]
 
 
+@pytest.mark.parametrize("is_due", [True, False])
 async def test_who_waited_for_the_disk_in_vain_leaves_nothing_behind_either(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, is_due: bool
 ) -> None:
     """The loop wakes for it while nothing else happens; at rest memory goes back all the same."""
     monkeypatch.setattr("quantd.daemon.engine.engine.IDLE_SECONDS", 0.0)
+    monkeypatch.setattr("quantd.daemon.scheduler.fetching.LISTING_SECONDS", 0.01)
     executor = FakeExecutor()
     tables = make_tables(64, num_places=8)
     tables.kv.disk = DiskIndex(100)
-    clock = ManualClock(100.0)
     scheduler = Scheduler(tables, SchedulerSettings(), executor.info.max_context)
-    engine = Engine(executor, executor.info, scheduler, EngineMetrics(), clock)
+    engine = Engine(executor, executor.info, scheduler, EngineMetrics())
     running = asyncio.create_task(engine.run())
-    stream = engine.submit(make_request(range(40), max_tokens=2, arrival=99.0))
+    now = time.monotonic()
+    stream = engine.submit(make_request(range(40), max_tokens=2, arrival=now - is_due))
     assert (await whole(stream)).finish_reason == "length"
     await asyncio.sleep(0.01)
     await settle()
