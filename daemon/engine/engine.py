@@ -283,14 +283,13 @@ class Engine:
             self._forget(update.seq.id, update.finish_reason)
 
     def _deliver(self, step: _Step | None) -> None:
-        """Hands a step's tokens to the streams. What was aborted since is passed over."""
+        """Hands a step's tokens to the streams, all of which are there: nothing is awaited between
+        `commit` and this."""
         if step is None:
             return
         vectors = self._vectors(step.result)
         for update in step.updates:
-            active = self._active.get(update.seq.id)
-            if active is None:
-                continue
+            active = self._active[update.seq.id]
             active.stream.vector = vectors.get(update.seq.id)
             active.stream.push(update.tokens, update.logprobs, update.prompt_logprobs)
             active.stream.num_cached_tokens = update.seq.num_cached_tokens
@@ -332,13 +331,9 @@ class Engine:
         active.last_token_at = now
 
     def _leave(self, seq_id: int, reason: Leaving) -> None:
-        """The stream's reader is done with it."""
-        active = self._active.get(seq_id)
-        if active is None:
-            return
-        # False when the last step finished it and its update is not yet delivered.
+        """The reader of a stream that has not ended is done with it."""
         self._scheduler.abort(seq_id)
-        active.stream.finish(reason)
+        self._active[seq_id].stream.finish(reason)
         self._forget(seq_id, reason)
 
     def _end(self, reason: str) -> None:

@@ -20,6 +20,7 @@ from quantd.daemon.errors import ContextLengthExceeded, QueueFull, RequestError,
 from quantd.daemon.kv.disk import DiskIndex
 from quantd.daemon.scheduler.scheduler import Scheduler
 from quantd.daemon.telemetry.metrics import EngineMetrics
+from quantd.daemon.types import DiskIndex as Listing
 from quantd.daemon.types import Pooling, SamplingParams, StepPlan, StepResult, TokenEvent
 
 
@@ -376,6 +377,38 @@ async def test_measures_by_the_clock() -> None:
         assert (metrics.prompt_tokens, metrics.generated_tokens) == (3, 3)
         assert (metrics.steps, metrics.step_tokens) == (3, 3 + 1 + 1)
         assert metrics.finished == {"length": 1}
+        assert (stream.started_at, stream.first_token_at) == (100.5, 101.5)
+
+
+async def test_what_was_cached_is_told_and_counted() -> None:
+    async with bench() as b:
+        for n, num_cached in ((40, 0), (45, 32), (60, 32)):
+            stream = b.submit(range(n), max_tokens=2)
+            assert {event.num_cached_tokens async for event in stream} == {num_cached}
+        stats = b.engine.stats()
+        assert (stats.prompt_tokens, stats.cached_tokens, stats.generated_tokens) == (145, 64, 6)
+        assert (b.metrics.prompt_tokens, b.metrics.cached_tokens) == (145, 64)
+
+
+class MaskExecutor(FakeExecutor):
+    """Every second step has masks."""
+
+    async def _run(self, plan: StepPlan, before: asyncio.Future[StepResult] | None) -> StepResult:
+        result = await super()._run(plan, before)
+        number = 3 * (plan.step % 2)
+        return replace(result, num_masks=number, mask_seconds=0.5 * number, mask_wait_seconds=0.25)
+
+
+async def test_masks_are_counted() -> None:
+    executor = MaskExecutor()
+    scheduler = Scheduler(make_tables(64), SchedulerSettings(), executor.info.max_context)
+    metrics = EngineMetrics()
+    engine = Engine(executor, executor.info, scheduler, metrics, ManualClock())
+    running = asyncio.create_task(engine.run())
+    await whole(engine.submit(make_request([1], max_tokens=4)))
+    assert (metrics.masks, metrics.mask_seconds, metrics.mask_wait_seconds) == (6, 3.0, 0.5)
+    await engine.close()
+    await running
 
 
 async def test_what_is_counted_goes_on_when_the_model_is_loaded_again() -> None:
@@ -521,7 +554,9 @@ async def test_what_is_saved_at_rest_goes_when_it_is_deleted() -> None:
         prompt = [ord(mark)] * 40
         await whole(engine.submit(make_request(prompt, max_tokens=1, mark=mark)))
     await settle()
-    assert len(executor.worker.files) == 6
+    assert executor.on_disk is not None and tables.kv.disk is not None
+    executor.on_disk(Listing((b"1" * 32,), 1))
+    assert len(executor.worker.files) == 6 and len(tables.kv.disk) == 7
     engine.forget("a")
     await settle()
     assert len(executor.worker.files) == 4
