@@ -495,6 +495,7 @@ class KvCache:
             if node.place != NONE:
                 assert node.place not in places and self._by_place[node.place] is node
                 places.add(node.place)
+        assert self._by_place.keys() == places
         assert len(held) == sum(self.pool.is_held(b) for b in range(self.pool.capacity))
         if self.host is not None:
             self.host.check()

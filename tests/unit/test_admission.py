@@ -136,6 +136,20 @@ def test_a_full_queue_says_when_to_come_back() -> None:
     assert caught.value.retry_after == 50
 
 
+def test_an_idle_hour_before_the_queue_filled_is_no_wait() -> None:
+    loop = StepLoop(settings=SchedulerSettings(max_running=1, max_waiting=3))
+    loop.add(5, max_tokens=1)
+    loop.run()
+    loop.clock.advance(3600)
+    for _ in range(4):
+        loop.add(5, max_tokens=100)
+    loop.clock.advance(2.0)
+    loop.step()
+    with pytest.raises(QueueFull) as caught:
+        admission.check(make_request([1]), model_info(), loop.scheduler, loop.clock())
+    assert caught.value.retry_after == 1.0  # the mean of 0 and 2
+
+
 def test_a_place_that_becomes_free_is_given_again() -> None:
     loop = full_queue()
     loop.scheduler.abort(max(loop.sequences))

@@ -23,6 +23,8 @@ from quantd.daemon.engine.executor import WorkerExecutor
 from quantd.daemon.errors import ModelRefused, Unavailable
 from quantd.daemon.types import (
     Chunk,
+    DiskDone,
+    DiskIndex,
     Grammar,
     LoadModel,
     LoadProgress,
@@ -109,6 +111,25 @@ def test_loads_and_answers_in_order(run: Run) -> None:
         with pytest.raises(Unavailable, match="model 'm' was unloaded"):
             executor.execute(StepPlan(4, ()))
         await executor.close()
+
+    run(main())
+
+
+def test_the_disk_s_news_reach_whoever_listens_also_those_that_came_before(run: Run) -> None:
+    async def main() -> None:
+        executor = await start("disk")
+        await executor.execute(first_step())  # whatever it has said is here by now
+        news: list[DiskDone | DiskIndex] = []
+        executor.on_disk = news.append
+        assert news == [DiskIndex((b"a" * 32,), 64)] and executor.on_disk is not None
+        executor.release_memory([])
+        executor.release_memory([(2, 5), (7, 8)])
+        await executor.execute(decode(1))
+        assert news[1:] == [DiskDone("write", b"((2, 5), (7, 8))")]
+        executor.on_disk = news.append
+        assert len(news) == 2, "once"
+        await executor.close()
+        executor.release_memory([(1, 2)])  # no effect
 
     run(main())
 

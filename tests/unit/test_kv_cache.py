@@ -99,6 +99,13 @@ def test_what_lies_on_the_host_alone_is_not_taken_over() -> None:
     kv.check()
 
 
+def test_of_what_is_not_known_nothing_is_used() -> None:
+    kv = make_tables(8).kv
+    assert match_of(kv, 1) == Match(None, 0, 0, 0, 0)
+    start(kv, 1, 2)
+    assert match_of(kv, 9, 2) == Match(None, 0, 0, 0, 0)
+
+
 # --- counts ---------------------------------------------------------------------------------------
 
 
@@ -126,13 +133,13 @@ def test_moves_and_returns_are_counted_one_by_one(is_saved: bool) -> None:
     kv.cost.computed(100, 1e-6)
     kv.cost.copied(1, 1.0)
     for first in (1, 3):
-        grow(kv, first, first + 1)
+        grow(kv, first)
     grow(kv, 9)
     assert (kv.num_fetches, kv.num_recomputes) == (2, 2)
     stats = kv.stats()
     assert (stats.host_free, stats.host_cached) == (12, 4)
     assert (stats.disk_free, stats.disk_cached) == (6, 4)
-    assert (stats.free, stats.used, stats.cached, stats.nodes) == (0, 0, 4, 5)
+    assert (stats.free, stats.used, stats.cached, stats.nodes) == (1, 0, 3, 5)
 
 
 def test_a_disk_that_fails_counts_for_nothing_and_its_writes_neither() -> None:
@@ -232,6 +239,17 @@ def test_every_host_place_can_be_had_again() -> None:
     assert None not in places and kv.take_place() is None
     kv.host.release(place for place in places if place is not None)
     kv.check()
+
+
+def test_places_of_what_was_fetched_can_be_had_at_once() -> None:
+    """While they were fetched from, room was made and they were looked at in vain."""
+    kv = make_tables(2, num_places=2).kv
+    spill(kv, 1, 2)
+    grow(kv, 3, 4)
+    root, node, owned = kv.start(HERE, match_of(kv, 1, 2))
+    assert kv.stats().host_cached == 2
+    assert None not in [kv.take_place(), kv.take_place()]
+    kv.release(root, node, owned)
 
 
 def test_a_copy_of_what_is_on_the_device_goes_from_the_host_with_its_children_there() -> None:

@@ -21,15 +21,15 @@ def test_the_oldest_that_may_go_and_of_equals_the_deepest(seed: int) -> None:
     rng = random.Random(seed)
     may_go: set[Node] = set()
     queue = LruQueue(may_go.__contains__)
-    nodes = [node_of(rng.randrange(4), 0) for _ in range(100)]
+    nodes = [node_of(rng.randrange(4), 0) for _ in range(300)]
     for now in range(3000):
         node = rng.choice(nodes)
         what = rng.random()
-        if what < 0.5:
-            node.last_used = now // 10
+        if what < 0.65:
+            node.last_used = rng.choice([now // 10, node.last_used])
             may_go.add(node)
             queue.add(node)
-        elif what < 0.6:
+        elif what < 0.75:
             may_go.discard(node)
         else:
             found = queue.pop()

@@ -68,6 +68,14 @@ def test_a_huge_pool_costs_nothing_unused() -> None:
     assert pool.num_free == 10**12 - 2
 
 
+def test_what_was_in_use_and_is_free_as_ranges() -> None:
+    pool = BlockPool(20)
+    assert pool.free_ranges() == []
+    pool.allocate(12)
+    pool.release([9, 2, 5, 3, 11, 4, 0])
+    assert pool.free_ranges() == [(0, 1), (2, 6), (9, 10), (11, 12)]
+
+
 class PoolMachine(RuleBasedStateMachine):
     """Handles of blocks are allocated, shared and released in any order."""
 

@@ -402,6 +402,22 @@ def test_a_pool_made_smaller_ends_what_can_never_fit() -> None:
     loop.check_outputs()
 
 
+@pytest.mark.parametrize(("max_tokens", "num_blocks"), [(16, 2), (17, 3)])
+def test_a_pool_that_just_holds_them_ends_nobody_and_a_smaller_one_all(
+    max_tokens: int, num_blocks: int
+) -> None:
+    """The last token is sampled and never computed; what waits ends as well."""
+    loop = StepLoop(num_blocks=8, settings=SchedulerSettings(max_running=1))
+    kept = [loop.add(17, max_tokens) for _ in range(3)]
+    loop.step()
+    loop.scheduler.resize(num_blocks)
+    assert loop.scheduler.take_ended() == []
+    loop.scheduler.resize(num_blocks - 1)
+    loop.scheduler.check()
+    assert [update.seq for update in loop.scheduler.take_ended()] == kept
+    assert (loop.scheduler.has_work, loop.pool.num_used) == (False, 0)
+
+
 class Sharing(RuleBasedStateMachine):
     """Random sequences out of few prompts, aborts, priorities and a tiny pool over all tiers."""
 
