@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from quantd.daemon.worker.gpu.cuda import CudaQueue
+from quantd.daemon.worker.gpu.queue import NotRecorded
 
 
 class Stream:
@@ -202,6 +203,30 @@ def test_a_graph_that_cuda_finds_no_memory_for(
     with pytest.raises(RuntimeError, match="illegal") as caught:
         graph.replay()
     assert not isinstance(caught.value, torch.OutOfMemoryError)
+
+
+def test_what_is_not_recorded_is_told_from_what_fails(
+    queue: CudaQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work() -> None:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    with pytest.raises(NotRecorded, match="not permitted"):
+        queue.record(work)
+    assert Log.lines[-1] == "recorded", "the stream is one again that does what it is given"
+    with pytest.raises(KeyError):
+        queue.record(lambda: {}["a mistake of ours"])
+    for part in ("capture_begin", "capture_end"):
+        with monkeypatch.context() as patch:
+
+            def refuse(self: CUDAGraph, **rest: Any) -> None:
+                self.is_ended = False
+                raise RuntimeError("INTERNAL ASSERT FAILED")
+
+            patch.setattr(CUDAGraph, part, refuse)
+            with pytest.raises(NotRecorded, match="ASSERT"):
+                queue.record(lambda: None)
+    queue.record(lambda: None).replay()
 
 
 def test_uploads_and_downloads_do_not_wait(

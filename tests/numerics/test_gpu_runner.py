@@ -39,6 +39,7 @@ from quantd.daemon.types import (
     ToWorker,
 )
 from quantd.daemon.worker.gpu import frame
+from quantd.daemon.worker.gpu.queue import NotRecorded
 from quantd.daemon.worker.main import serve
 from quantd.daemon.worker.memory import KvPools
 from quantd.kernels import ops
@@ -147,6 +148,25 @@ def test_a_mixture_that_waits_is_never_recorded(
         queue = FakeQueue(1)
         assert bits(Driver(mixture.device(queue), queue).run(plans)) == expected(mixture, plans)
     assert counted(queue, "record") == 0
+
+
+def test_a_device_that_records_nothing_computes_all_the_same(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plans = decodes(4, prompt_of(20), prompt_of(9))
+    queue = FakeQueue(2)
+    asked: list[Any] = []
+
+    def refuse(work: Any) -> Any:
+        asked.append(work)
+        raise NotRecorded("operation not permitted\nat some line")
+
+    monkeypatch.setattr(queue, "record", refuse)
+    runner = pair.device(queue)
+    assert bits(Driver(runner, queue).run(plans)) == expected(pair, plans)
+    assert len(asked) == 1 and not runner._graphs._graphs
+    (record,) = caplog.records
+    assert record.getMessage().endswith("one by one: operation not permitted")
 
 
 def test_few_graphs_are_kept(pair: Pair) -> None:

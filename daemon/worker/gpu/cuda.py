@@ -13,7 +13,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from quantd.daemon.worker.gpu.queue import Copied, Graph, Mark, Work
+from quantd.daemon.worker.gpu.queue import Copied, Graph, Mark, NotRecorded, Work
 
 
 class CudaMark:
@@ -131,16 +131,20 @@ class CudaQueue:
         # Not torch.cuda.graph, which waits for the device and empties the cache before. Other
         # threads (the disk's, the masks') may do as they like meanwhile: "thread_local".
         graph = torch.cuda.CUDAGraph()
-        with _no_collection():
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                work()
-            except BaseException:
-                with suppress(RuntimeError):  # the recording is void, which it says as well
-                    graph.capture_end()
-                raise
-            with _memory_errors():
+        try:
+            with _no_collection(), _memory_errors():
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    work()
+                except BaseException:
+                    with suppress(RuntimeError):  # the recording is void, which it says as well
+                        graph.capture_end()
+                    raise
                 graph.capture_end()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # a context that is lost says so again when the work is done
+            raise NotRecorded(str(error)) from error
         recorded = CudaGraph(graph)
         self._graphs.add(recorded)
         return recorded

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantd.daemon.types import BLOCK_TOKENS
-from quantd.daemon.worker.gpu.queue import Graph, Queue, Work
+from quantd.daemon.worker.gpu.queue import Graph, NotRecorded, Queue, Work
 from quantd.daemon.worker.mirror import Batch
+
+_log = logging.getLogger("quantd.worker.gpu")
 
 Key = tuple[int, int]
 """Rows and columns of the block table, rounded up."""
@@ -29,6 +32,8 @@ class Graphs:
         self._seen: set[Key] = set()
         self._graphs: OrderedDict[Key, Graph] = OrderedDict()
         self._leaving: list[Graph] = []
+        self._is_refused = False
+        """The device has not recorded something, and is not asked again."""
 
     def run(self, key: Key, work: Work) -> None:
         """Puts `work` into the computing stream. It is done as it is when its key comes first,
@@ -36,11 +41,11 @@ class Graphs:
         same work on the same tensors until `drop`."""
         graph = self._graphs.get(key)
         if graph is None:
-            if key not in self._seen:
+            graph = self._recorded(work) if key in self._seen else None
+            if graph is None:
                 self._seen.add(key)
                 self._queue.run(work)
                 return
-            graph = self._queue.record(work)
             self._graphs[key] = graph
             if len(self._graphs) > self._most:
                 gone, oldest = self._graphs.popitem(last=False)
@@ -48,6 +53,17 @@ class Graphs:
                 self._leaving.append(oldest)
         self._graphs.move_to_end(key)
         graph.replay()
+
+    def _recorded(self, work: Work) -> Graph | None:
+        if self._is_refused:
+            return None
+        try:
+            return self._queue.record(work)
+        except NotRecorded as error:
+            self._is_refused = True
+            why = str(error).strip().partition("\n")[0]
+            _log.warning("forward passes are not recorded, and are launched one by one: %s", why)
+            return None
 
     def drop(self) -> None:
         """All of them; each is recorded again when it has come twice."""

@@ -38,6 +38,10 @@ class Graph(Protocol):
         """Puts it into the computing stream again, with the same tensors."""
 
 
+class NotRecorded(Exception):
+    """The device does not record this work; nothing of it was done. The text says why."""
+
+
 class Queue(Protocol):
     """One device. For the worker's own thread only."""
 
@@ -75,8 +79,8 @@ class Queue(Protocol):
 
     def record(self, work: Work) -> Graph:
         """Records work without doing it. It allocates from memory that the graph keeps, and
-        torch.OutOfMemoryError is raised when there is none. A graph is kept until what replays it
-        is done."""
+        torch.OutOfMemoryError is raised when there is none. NotRecorded: the work can be done as it
+        is. A graph is kept until what replays it is done."""
 
     def settle(self) -> None:
         """Returns when both streams are empty. Never within a step: at the end, and where memory
