@@ -206,7 +206,7 @@ def test_a_lost_context_ends_the_worker(tmp_path: Path) -> None:
     folder = str(write(tmp_path))
     script = _LOST.format(path=[p for p in sys.path if p], folder=folder)
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=540
     )
     assert done.returncode == 7, done.stderr
     assert "raised" in done.stdout
