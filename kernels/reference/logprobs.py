@@ -24,7 +24,8 @@ def token_logprobs(
 def _keys(rows: torch.Tensor) -> torch.Tensor:
     """int64 of rows fp32 [m, V]: the order of logits as one of whole numbers in the upper half, in
     the lower one the higher number for the lower id."""
-    plain = torch.where(rows.isnan(), torch.nan, rows + 0.0)  # one NaN, one zero
+    # One NaN, one zero. Not torch.where, which makes a tensor of a number first.
+    plain = (rows + 0.0).masked_fill_(rows.isnan(), torch.nan)
     bits = plain.view(torch.int32)
     order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     return (order << 32) | torch.arange(rows.shape[1] - 1, -1, -1, device=rows.device)
