@@ -295,6 +295,52 @@ def test_a_long_match_takes_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert steps == STRIDE - 1
 
 
+def chain_of(tree: PrefixTree, length: int) -> list[Node]:
+    """The root and what is below it, one block each."""
+    nodes: list[Node] = [tree.root(HERE)]
+    for i in range(length):
+        nodes.append(tree.add(nodes[-1], key_of(i)))
+    return nodes
+
+
+@pytest.mark.parametrize("length", [1, STRIDE - 1, STRIDE, STRIDE + 1, 5 * STRIDE, 5 * STRIDE + 9])
+def test_climbing_finds_the_deepest_in_few_steps(length: int) -> None:
+    nodes = chain_of(PrefixTree(), length)
+    for deepest in range(length + 1):
+        asked: list[Node] = []
+
+        def holds(node: Node, deepest: int = deepest, asked: list[Node] = asked) -> bool:
+            asked.append(node)
+            return node.depth <= deepest
+
+        assert nodes[-1].climb(holds) is nodes[deepest]
+        assert len(asked) <= 2 * (2 * STRIDE + 5)
+
+
+def test_a_milestone_goes_with_its_node() -> None:
+    tree = PrefixTree()
+    key = key_of(*range(STRIDE + 6))
+    nodes = chain_of(tree, STRIDE + 6)
+    for node in reversed(nodes[STRIDE - 3 :]):
+        tree.remove(node)
+    assert tree.find(HERE, key, STRIDE + 6) is nodes[STRIDE - 4]
+    for depth in range(STRIDE - 4, STRIDE + 6):
+        nodes[depth + 1 :] = [tree.add(nodes[depth], key_of(depth))]
+    assert tree.find(HERE, key, STRIDE + 6) is nodes[-1]
+    assert tree.find(HERE, key, STRIDE) is nodes[STRIDE]
+
+
+def test_a_namespace_that_somebody_works_in_stays() -> None:
+    tree = PrefixTree()
+    root = tree.root(HERE)
+    root.num_users = 1
+    tree.forget_root(root)
+    assert tree.root(HERE) is root
+    root.num_users = 0
+    tree.forget_root(root)
+    assert tree.root(HERE) is not root
+
+
 # --- the disk's index -----------------------------------------------------------------------------
 
 
