@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from server_fakes import Answer, FakeFleet, Served, byte_text_model, serving, spoken
+from server_fakes import Answer, FakeFleet, Served, byte_text_model, fake_info, serving, spoken
 
 from quantd.daemon.errors import QueueFull, Unavailable
 from quantd.daemon.server.auth import ApiKeys
@@ -114,7 +114,7 @@ async def test_the_system_may_speak_in_the_middle(served: Served) -> None:
 
 async def test_how_it_ends(served: Served) -> None:
     served.engine.answer = lambda request: spoken("one two", "length")
-    assert (await message(served))["stop_reason"] == "max_tokens"
+    assert (await message(served, max_tokens=7))["stop_reason"] == "max_tokens"
     reply = await message(served, stop_sequences=[" tw"])
     assert (reply["stop_reason"], reply["stop_sequence"]) == ("stop_sequence", " tw")
     assert reply["content"] == [{"type": "text", "text": "one"}]
@@ -131,6 +131,18 @@ async def test_tools_are_shown_in_the_order_that_models_know(served: Served) -> 
     await message(served, tools=[{"input_schema": {}, "name": "now", "description": "Tells it."}])
     shown = prompt_of(served)
     assert shown.index('"now"') < shown.index('"Tells it."') < shown.index('"parameters"')
+
+
+async def test_the_contexts_end_is_no_error() -> None:
+    fleet = FakeFleet(text=byte_text_model(TEMPLATE), info=fake_info(30))
+    async with serving(fleet=fleet) as served:
+        served.engine.answer = lambda request: spoken("x" * request.sampling.max_tokens, "length")
+        reply = await message(served, max_tokens=32_000)
+        assert reply["stop_reason"] == "model_context_window_exceeded"
+        num_tokens = reply["usage"]["input_tokens"] + reply["usage"]["output_tokens"]
+        assert num_tokens == 30 and reply["content"][0]["text"].startswith("xxx")
+        *_, delta, _ = await events(served, max_tokens=32_000)
+        assert delta["delta"]["stop_reason"] == "model_context_window_exceeded"
 
 
 async def test_a_tool_is_called_and_its_result_read(served: Served) -> None:

@@ -58,7 +58,7 @@ class MessageObject(msgspec.Struct):
 
 
 def message_object(made: Generation, result: Delta, *, shows_thinking: bool) -> MessageObject:
-    reason, sequence = stop_of(result)
+    reason, sequence = stop_of(made, result)
     content = list(_blocks(result.parts, shows_thinking))
     return MessageObject(
         made.id,
@@ -79,10 +79,14 @@ def usage_of(made: Generation) -> Usage:
     return Usage(usage.prompt_tokens - num_cached, usage.completion_tokens, thinking, num_cached)
 
 
-def stop_of(delta: Delta) -> tuple[str, str | None]:
+def stop_of(made: Generation, delta: Delta) -> tuple[str, str | None]:
     """stop_reason and stop_sequence of a delta that is the end."""
     if delta.finish_reason == "stop" and isinstance(delta.stop_reason, str):
         return "stop_sequence", delta.stop_reason
+    wanted = made.options.max_tokens
+    if delta.finish_reason == "length" and wanted is not None:
+        if made.choices[0].num_tokens < wanted:
+            return "model_context_window_exceeded", None
     return _REASONS[delta.finish_reason or "stop"], None
 
 
@@ -165,7 +169,7 @@ class MessageEvents:
 
     def end(self) -> bytes:
         assert self._last is not None, "the one choice has ended"
-        reason, sequence = stop_of(self._last)
+        reason, sequence = stop_of(self._made, self._last)
         delta = {"stop_reason": reason, "stop_sequence": sequence}
         found = {
             "content_filter_results": results_of(self._last.filtered),

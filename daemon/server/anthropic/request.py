@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quantd.daemon.errors import RequestError
@@ -51,7 +51,10 @@ def check(body: CountBody) -> Wanted:
         raise RequestError("messages must have at least 1 message, got 0", param="messages")
     with renamed():
         made = _chat_of(body)
-        return Wanted(made, chat.read_options_of(made), _shows_thinking(body))
+        # As with Anthropic's models of today, the context's end is an end and no error: clients
+        # send the largest `max_tokens` that any model has.
+        options = replace(chat.read_options_of(made), max_tokens_may_shrink=True)
+        return Wanted(made, options, _shows_thinking(body))
 
 
 def _chat_of(body: CountBody) -> ChatBody:
